@@ -1,0 +1,1 @@
+"""Weight-space methods: tuners, merging, compression, training, analysis."""

@@ -1,0 +1,1 @@
+"""Batch evaluation: testbeds, jobs, scorers, reports."""

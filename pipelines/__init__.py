@@ -1,0 +1,1 @@
+"""A pipeline class around the composition engine, and entries for diffusers' `custom_pipeline=`."""
