@@ -1,0 +1,1 @@
+"""What is kept between denoising steps, and when it is computed afresh."""
