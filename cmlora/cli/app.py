@@ -1,0 +1,85 @@
+"""The command `cmlora`: the table of its sub-commands, and what happens when one fails."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cmlora import __version__
+from cmlora.cli.compare import compare
+from cmlora.cli.console import err
+from cmlora.cli.cost import cost
+from cmlora.cli.env import env
+from cmlora.cli.generate import generate
+from cmlora.cli.inspect import inspect
+from cmlora.cli.methods import methods
+from cmlora.cli.profile import profile
+from cmlora.errors import CmloraError
+
+PICTURES, FILES, STUDIES = "Pictures", "LoRA files", "Studies"
+
+MISTAKE, INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """A group that answers a user's mistake with one line and Ctrl-C with a clean end."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CmloraError as mistake:
+            err.print(f"[red]error:[/red] {escape_one_line(str(mistake))}", soft_wrap=True)
+            raise typer.Exit(MISTAKE) from None
+        except KeyboardInterrupt:
+            err.print("interrupted; what was finished is kept")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def escape_one_line(message: str) -> str:
+    """The message on one line, with square brackets that are not markup."""
+    from rich.markup import escape
+
+    return escape(" ".join(message.split()))
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="cmlora",
+    help="Several LoRAs in one picture, with any diffusers pipeline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Several LoRAs in one picture, with any diffusers pipeline."""
+
+
+for command, panel in (
+    (generate, PICTURES),
+    (compare, PICTURES),
+    (cost, PICTURES),
+    (profile, PICTURES),
+    (inspect, FILES),
+    (methods, STUDIES),
+    (env, STUDIES),
+):
+    app.command(rich_help_panel=panel)(command)
+
+
+def main() -> None:
+    """The console script."""
+    app()

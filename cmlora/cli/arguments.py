@@ -1,0 +1,98 @@
+"""Texts from the command line to values; every refusal says what was expected."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmlora.errors import CmloraError
+
+MANY = 10_000
+"""More seeds than this in one command are taken for a slip of the keyboard."""
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Seeds as a list of numbers and inclusive ranges, in the order given.
+
+    Raises:
+        CmloraError: if a part is neither, a range runs backwards, or a seed comes twice.
+
+    >>> seeds("0-3")
+    (0, 1, 2, 3)
+    >>> seeds("1,5,9-10")
+    (1, 5, 9, 10)
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if match is None or last < first or last - first >= MANY:
+            raise CmloraError(f"--seeds {text!r}: {part!r} is not like 7 or 0-3")
+        found += range(first, last + 1)
+    if max(found) >= 2**63:
+        raise CmloraError(f"--seeds {text!r}: a seed is below 2**63")
+    if len(set(found)) < len(found):
+        raise CmloraError(f"--seeds {text!r}: a seed is listed twice")
+    return tuple(found)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A comma-separated list; a comma before a digit belongs to the name (a policy's numbers).
+
+    >>> names("merge,cmlora@nonuniform:2,3,switch")
+    ('merge', 'cmlora@nonuniform:2,3', 'switch')
+    """
+    return tuple(part.strip() for part in re.split(r",(?!\s*[\d.])", text) if part.strip())
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """A LoRA's path or id and its weight, which follows a colon and defaults to 1.
+
+    Raises:
+        CmloraError: if the weight is not a finite number.
+
+    >>> weighted("ink.safetensors:0.8"), weighted("character_1")
+    (('ink.safetensors', 0.8), ('character_1', 1.0))
+    """
+    reference, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists() or re.search(r"[/\\]", number):
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not reference or not math.isfinite(weight):
+        raise CmloraError(f"--lora {text!r}: expected PATH_OR_ID:WEIGHT with a number as weight")
+    return reference, weight
+
+
+def pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    """`key=value` texts as a mapping.
+
+    Raises:
+        CmloraError: if there is no equals sign, no key, or a key comes twice.
+
+    >>> pairs("--option", ["interval=5", "order=high_first"])
+    {'interval': '5', 'order': 'high_first'}
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        key, sign, value = (part.strip() for part in text.partition("="))
+        if not (key and sign):
+            raise CmloraError(f"{flag} {text!r}: expected KEY=VALUE")
+        if key in found:
+            raise CmloraError(f"{flag} {key!r} is given twice")
+        found[key] = value
+    return found
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height in pixels, from one number or WIDTHxHEIGHT.
+
+    >>> size("768x512"), size("64")
+    ((768, 512), (64, 64))
+    """
+    match = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", text)
+    if match is None:
+        raise CmloraError(f"--size {text!r}: expected a number of pixels or WIDTHxHEIGHT")
+    return int(match[1]), int(match[2] or match[1])
