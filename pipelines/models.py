@@ -1,0 +1,113 @@
+"""From a model's name or path to a diffusers pipeline, with an answer when it is not there."""
+
+from pathlib import Path
+from typing import Any
+
+from cmlora.errors import CmloraError
+
+EMBEDDED = "emoji"
+"""The name of the model that comes with the package."""
+
+
+def locate(name_or_path: str | Path) -> Path | str:
+    """The folder or file of a model; a hub id comes back as it is.
+
+    Args:
+        name_or_path: ``emoji``, a diffusers folder, a single ``.safetensors`` file, or a hub id.
+
+    Raises:
+        CmloraError: if it is none of them.
+    """
+    if str(name_or_path) == EMBEDDED:
+        return _embedded()
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            return path
+        raise CmloraError(f"{path} is no diffusers model: there is no model_index.json in it")
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return path
+        raise CmloraError(
+            f"{path.name}: a model is a diffusers folder or one .safetensors file; "
+            "pickles (.ckpt, .bin, .pt) can run code and are not read"
+        )
+    name = str(name_or_path)
+    parts = name.split("/")
+    if len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and "\\" not in name:
+        return name
+    raise CmloraError(
+        f"no model {name!r}: give {EMBEDDED!r}, a diffusers folder, a .safetensors file, "
+        "or a hub id like owner/name"
+    )
+
+
+def open_pipeline(name_or_path: str | Path, **kwargs: Any) -> Any:
+    """Load a diffusers pipeline from anything `locate` knows.
+
+    Args:
+        name_or_path: see `locate`.
+        **kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``; a single file may need
+            ``config=`` (a diffusers folder of its family) where there is no network.
+
+    Raises:
+        CmloraError: if the model is missing, incomplete, not in safetensors, or out of reach.
+    """
+    from diffusers import DiffusionPipeline
+
+    where = locate(name_or_path)
+    try:
+        if isinstance(where, Path) and where.is_file():
+            return _open_single_file(where, **kwargs)
+        return DiffusionPipeline.from_pretrained(where, use_safetensors=True, **kwargs)
+    except CmloraError:
+        raise
+    except Exception as failure:  # diffusers, safetensors and the hub each have their own
+        raise CmloraError(_explain(where, failure)) from failure
+
+
+def _embedded() -> Path:
+    from cmlora.emoji import weights
+
+    if not weights.available():
+        raise CmloraError(
+            "the embedded model is not in this installation; reinstall cmlora from a full "
+            "checkout or wheel, or name another model"
+        )
+    return weights.model_path()
+
+
+def _open_single_file(path: Path, **kwargs: Any) -> Any:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+    if not any(key.startswith("model.diffusion_model.") for key in keys):
+        raise CmloraError(
+            f"{path.name} is no Stable Diffusion checkpoint: none of its {len(keys)} keys starts "
+            "with model.diffusion_model.; if it is a LoRA, load it with load_lora_weights or --lora"
+        )
+    is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
+    family = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    config = kwargs.get("config")
+    if config is not None:
+        kwargs["config"] = str(config)
+    return family.from_single_file(str(path), **kwargs)
+
+
+def _explain(where: Path | str, failure: Exception) -> str:
+    """One sentence about a model that could not be loaded."""
+    reason = next((line for line in str(failure).splitlines() if line.strip()), "")
+    reason = f"{type(failure).__name__}: {reason}"
+    if isinstance(where, str):
+        return (
+            f"model {where!r} is not a folder here and could not be fetched from the hub "
+            f"({reason}); check the name, the network, or give a local folder"
+        )
+    if where.is_file():
+        return (
+            f"{where.name} could not be loaded ({reason}); without a network also give the folder "
+            "of a diffusers model of the same family as config"
+        )
+    return f"{where} could not be loaded as a diffusers model ({reason})"
