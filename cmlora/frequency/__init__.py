@@ -1,0 +1,1 @@
+"""Which LoRA draws high and which low spatial frequencies, measured."""
