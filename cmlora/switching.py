@@ -1,0 +1,180 @@
+"""Switching between LoRAs that PEFT has injected, fast enough for the denoising loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from cmlora.errors import CmloraError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_MISSING: Any = object()
+_REMEMBERED = 256
+
+
+_ATTRIBUTES = ("_active_adapter", "_disable_adapters")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The adapter state of a module: what `AdapterSwitch.restore` puts back.
+
+    Args:
+        attributes: per layer, the attributes of the instance that say which LoRAs are active.
+        scaling: per layer, the scale of every LoRA.
+        requires_grad: of every LoRA parameter.
+    """
+
+    attributes: tuple[Mapping[str, Any], ...]
+    scaling: tuple[Mapping[str, Any], ...]
+    requires_grad: tuple[tuple[nn.Parameter, bool], ...]
+
+
+class _Activation(NamedTuple):
+    """What one layer gets when a set of weights is activated."""
+
+    layer: Any
+    attributes: dict[str, Any]
+    names: list[str]
+    scaling: dict[str, Any]
+    scales: dict[str, Any]
+
+
+class AdapterSwitch:
+    """Decides which of a module's LoRAs act, and how strongly.
+
+    PEFT's and diffusers' ``set_adapters`` walk every module and every loaded adapter and touch
+    ``requires_grad``. This collects the adapter layers once and then writes two things per layer:
+    the list of active adapters and their scales. LoRAs are active in the order of their names,
+    so that nothing depends on the order in which they were loaded.
+
+    Args:
+        module: a model with injected adapters (or without: then there is nothing to switch).
+        direct: write PEFT's attributes directly; ``None`` finds out whether this version of PEFT
+            has them. Otherwise its public methods are used, which is slower.
+
+    Raises:
+        CmloraError: if LoRAs are fused into the weights, where they cannot be switched off.
+    """
+
+    def __init__(self, module: nn.Module, *, direct: bool | None = None) -> None:
+        self._layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+        self._held = [frozenset(layer._get_available_adapters()) for layer in self._layers]
+        self.names: tuple[str, ...] = tuple(sorted(frozenset().union(*self._held)))
+        fused = sorted({name for layer in self._layers for name in layer.merged_adapters})
+        if fused:
+            raise CmloraError(
+                f"{', '.join(fused)}: fused into the weights of {type(module).__name__}; "
+                "call pipe.unfuse_lora() first"
+            )
+        known = all(map(_has_known_attributes, self._layers))
+        self._direct = known if direct is None else direct
+        self._activations: dict[tuple[tuple[str, float], ...], list[_Activation]] = {}
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Make exactly these LoRAs act, with these strengths; an empty mapping is the base model.
+
+        A LoRA of strength 0 is inactive. A LoRA without layers in this module is ignored.
+        """
+        key = tuple(weights.items())
+        activation = self._activations.get(key)
+        if activation is None:
+            if len(self._activations) >= _REMEMBERED:
+                self._activations.clear()
+            activation = self._activations[key] = self._prepare(weights)
+        if not self._direct:
+            for layer, _, names, scaling, scales in activation:
+                layer.enable_adapters(True)
+                layer.set_adapter(names, inference_mode=True)
+                scaling.update(scales)
+            return
+        # past nn.Module.__setattr__, which costs more than everything else here
+        for _, attributes, names, scaling, scales in activation:
+            attributes["_active_adapter"] = names
+            attributes["_disable_adapters"] = False
+            scaling.update(scales)
+
+    def snapshot(self) -> Snapshot:
+        """The state of all layers now."""
+        return Snapshot(
+            attributes=tuple(
+                {name: vars(layer).get(name, _MISSING) for name in _ATTRIBUTES}
+                for layer in self._layers
+            ),
+            scaling=tuple(dict(_scaling(layer)) for layer in self._layers),
+            requires_grad=tuple(
+                (parameter, parameter.requires_grad)
+                for layer in self._layers
+                for name in layer.adapter_layer_names
+                for parameter in getattr(layer, name).parameters()
+            ),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put a snapshot of this module back, exactly; LoRAs deleted since then stay deleted."""
+        if not self._direct:
+            for layer, attributes in zip(self._layers, snapshot.attributes, strict=True):
+                active = attributes["_active_adapter"]
+                if active is not _MISSING:
+                    layer.set_adapter(active)
+                layer.enable_adapters(attributes["_disable_adapters"] is not True)
+        for layer, attributes in zip(self._layers, snapshot.attributes, strict=True):
+            for name, value in attributes.items():
+                if value is _MISSING:
+                    vars(layer).pop(name, None)
+                else:
+                    vars(layer)[name] = value
+        for layer, saved in zip(self._layers, snapshot.scaling, strict=True):
+            scaling = _scaling(layer)
+            scaling.update({name: value for name, value in saved.items() if name in scaling})
+        for parameter, flag in snapshot.requires_grad:
+            parameter.requires_grad_(flag)
+
+    def _prepare(self, weights: Mapping[str, float]) -> list[_Activation]:
+        """Work out what activating these weights writes."""
+        active = sorted(name for name, weight in weights.items() if weight != 0.0)
+        activation = []
+        for layer, held in zip(self._layers, self._held, strict=True):
+            names = [name for name in active if name in held]
+            scales = {name: _scale(layer, name, weights[name]) for name in names}
+            scales = {name: scale for name, scale in scales.items() if scale is not None}
+            activation.append(_Activation(layer, vars(layer), names, _scaling(layer), scales))
+        return activation
+
+
+def _has_known_attributes(layer: Any) -> bool:
+    """Whether PEFT reads the attributes that a switch writes."""
+    if not all(hasattr(layer, name) for name in _ATTRIBUTES):
+        return False
+    return (
+        layer.active_adapter is layer._active_adapter
+        and layer.disable_adapters is layer._disable_adapters
+    )
+
+
+def _scaling(layer: Any) -> dict[str, Any]:
+    """A layer's scale per LoRA; some kinds of adapters have none."""
+    scaling = getattr(layer, "scaling", None)
+    return scaling if isinstance(scaling, dict) else {}
+
+
+def _scale(layer: Any, name: str, weight: float) -> Any:
+    """What PEFT itself makes of a strength, to the bit."""
+    scaling = _scaling(layer)
+    if name not in scaling or not hasattr(layer, "set_scale"):
+        if weight == 1.0:
+            return None
+        raise CmloraError(
+            f"{name}: adapters of type {type(layer).__name__} have no strength; "
+            f"use weight 1 instead of {weight}"
+        )
+    before = scaling[name]
+    layer.set_scale(name, weight)
+    scale = scaling[name]
+    scaling[name] = before
+    return scale
