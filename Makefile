@@ -2,6 +2,7 @@
 # An existing .venv is used as it is; remove it to start afresh.
 
 EXTRAS := dev,eval
+DEMO := character_1,clothing_1,style_1,background_1,object_1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.cmlora-ready
@@ -11,7 +12,7 @@ FIND_PYTHON := for p in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/cmlora compare --model emoji --set demo --seeds 0-3 --out demo
+	$(BIN)/cmlora compare --model emoji --loras $(DEMO) --seeds 0-3 --out demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto

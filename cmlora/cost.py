@@ -15,7 +15,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmlora.caching.policy import tally
-from cmlora.caching.store import Store
 from cmlora.caching.unet import Cut, UNetCache
 from cmlora.errors import CmloraError
 from cmlora.plan import Plan
@@ -47,16 +46,16 @@ class PassCost:
 
     Args:
         full: of a call that runs every block.
-        light: of a call that reuses the deep part; ``None`` if no cut was given.
+        light: of a call that reuses the deep part.
     """
 
     full: int
-    light: int | None = None
+    light: int
 
     @property
     def ratio(self) -> float:
-        """Light over full; 1 when nothing can be reused."""
-        return 1.0 if self.light is None else self.light / self.full
+        """Light over full."""
+        return self.light / self.full
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def pass_macs(
         unet: a `diffusers.UNet2DConditionModel`, or the mapping of its configuration.
         sample_shape: of the latent, (B, C, H, W), both guidance branches included.
         encoder_shape: of the prompt embedding, (B, tokens, features).
-        cut: where the cache cuts the UNet; ``None`` leaves the light call uncounted.
+        cut: where the cache cuts the UNet; ``None`` is the family's default.
         attention: False leaves out the two products of attention, as counters do that only see
             convolutions and linear layers; for comparison with figures published that way.
 
@@ -133,9 +132,7 @@ def pass_macs(
     """
     model = _on_meta(unet)
     call = _arguments(model.config, sample_shape, encoder_shape)
-    if cut is None:
-        return PassCost(_count(model, call, attention))
-    cache = UNetCache(model, cut, Store())
+    cache = UNetCache(model, cut)
     cache.attach()
     with cache.run("counted", reuse=False):
         full = _count(model, call, attention)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from cmlora.container import header
 from cmlora.errors import CmloraError
 
 EMBEDDED = "emoji"
@@ -79,10 +80,8 @@ def _embedded() -> Path:
 
 def _open_single_file(path: Path, **kwargs: Any) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        keys = set(file.keys())
+    keys = header(path).shapes
     if not any(key.startswith("model.diffusion_model.") for key in keys):
         raise CmloraError(
             f"{path.name} is no Stable Diffusion checkpoint: none of its {len(keys)} keys starts "

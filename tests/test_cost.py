@@ -40,15 +40,12 @@ def test_stable_diffusion_figures(
     height: int, width: int, attention: bool, full: float, light: float
 ) -> None:
     cost = sd15(height, width, attention=attention)
-    assert cost.light is not None
     assert cost.full / GIGA == pytest.approx(full, abs=0.6)
     assert cost.light / GIGA == pytest.approx(light, abs=0.6)
 
 
 def test_shallowest_branch() -> None:
-    light = sd15(block=0).light
-    assert light is not None
-    assert light / GIGA == pytest.approx(63, abs=0.6)
+    assert sd15(block=-1).light / GIGA == pytest.approx(63, abs=0.6)
 
 
 def test_fused_attention_is_counted() -> None:
@@ -71,7 +68,7 @@ def test_sdxl_takes_its_extra_conditions() -> None:
     config = KNOWN["sdxl"]
     cost = pass_macs(config, *shapes(config, 1024, 1024))
     assert cost.full / 1e12 == pytest.approx(6.76, abs=0.01)
-    assert cost.ratio == 1.0
+    assert 0 < cost.light < cost.full
 
 
 def test_a_module_costs_what_its_configuration_costs() -> None:

@@ -96,3 +96,17 @@ def size(text: str) -> tuple[int, int]:
     if match is None:
         raise CmloraError(f"--size {text!r}: expected a number of pixels or WIDTHxHEIGHT")
     return int(match[1]), int(match[2] or match[1])
+
+
+def cut(text: str) -> tuple[int, int] | None:
+    """Layer and block of a cache cut; nothing for the model's default.
+
+    >>> cut("0,-1"), cut("")
+    ((0, -1), None)
+    """
+    if not text.strip():
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(-?\d+)\s*", text)
+    if match is None:
+        raise CmloraError(f"--cut {text!r}: expected LAYER,BLOCK such as 0,1")
+    return int(match[1]), int(match[2])

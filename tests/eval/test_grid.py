@@ -22,7 +22,7 @@ def test_every_picture_is_there_once_and_enlarged() -> None:
 def test_rows_and_columns_keep_their_order() -> None:
     first, second, third, fourth = squares()
     sheet = grid([Row("a", [first, second]), Row("b", [third, fourth])], ["1", "2"], tile=32)
-    where = {}
+    where: dict[object, tuple[int, int]] = {}
     for x in range(sheet.width):
         for y in range(sheet.height):
             where.setdefault(sheet.getpixel((x, y)), (x, y))

@@ -1,0 +1,103 @@
+"""A wrapper that gives any diffusers pipeline several LoRAs and a choice of how to compose them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from cmlora.engine import Report
+from cmlora.pipelines.ensemble import Ensemble, Loaded
+from cmlora.pipelines.models import open_pipeline
+
+
+class CMLoRAPipeline:
+    """Any diffusers pipeline, with LoRAs composed step by step.
+
+    Everything that is not defined here (``scheduler``, ``enable_model_cpu_offload``, ...) is the
+    wrapped pipeline's own.
+
+    >>> pipe = CMLoRAPipeline.from_pretrained("emoji")  # doctest: +SKIP
+    >>> pipe.load_lora_weights("character_1")  # doctest: +SKIP
+    >>> pipe.load_lora_weights("background_1", weight=0.8)  # doctest: +SKIP
+    >>> pipe("a prompt", composition="cmlora", seed=7).images[0]  # doctest: +SKIP
+
+    Args:
+        pipe: the pipeline to wrap; it is used, not copied.
+        source: the name it was loaded by; lets the embedded LoRAs be found by id.
+    """
+
+    def __init__(self, pipe: Any, *, source: str | Path | None = None) -> None:
+        self.pipe = pipe
+        self.ensemble = Ensemble(pipe, source)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            name_or_path: ``emoji`` (the embedded model), a diffusers folder, one
+                ``.safetensors`` file of the Stable Diffusion family, or a hub id.
+            dtype: of the weights; diffusers' default if not given.
+            device: where to put it; the CPU if not given.
+            **kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``.
+
+        Raises:
+            CmloraError: if the model is missing, broken, not in safetensors, or out of reach.
+        """
+        if dtype is not None:
+            kwargs["dtype"] = dtype
+        pipe = open_pipeline(name_or_path, **kwargs)
+        return cls(pipe if device is None else pipe.to(device), source=name_or_path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipe":  # asked for before __init__ ran, by copy or pickle
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    @property
+    def loras(self) -> Mapping[str, Loaded]:
+        """What is loaded, by adapter name, in loading order."""
+        return self.ensemble.loras
+
+    @property
+    def report(self) -> Report | None:
+        """What the last call did; ``None`` before the first."""
+        return self.ensemble.report
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the wrapped pipeline, as diffusers' ``to`` does."""
+        self.pipe.to(*args, **kwargs)
+        return self
+
+    def load_lora_weights(
+        self, path: str | Path, adapter_name: str | None = None, **options: Any
+    ) -> str:
+        """Put a LoRA into the pipeline; see `cmlora.pipelines.ensemble.Ensemble.load`."""
+        return self.ensemble.load(path, adapter_name, **options)
+
+    def unload_lora_weights(self) -> None:
+        """Take all LoRAs out."""
+        self.pipe.unload_lora_weights()
+        self.ensemble.loras.clear()
+
+    def __call__(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Make pictures; see `cmlora.pipelines.ensemble.Ensemble.run`.
+
+        Args:
+            prompt: as the wrapped pipeline takes it.
+            *args: further positional arguments of the wrapped pipeline.
+            **kwargs: ``composition``, ``lora_weights``, ``cache``, ``cut``, ``text_encoder``,
+                ``composition_options`` and ``seed``; anything else goes to the wrapped pipeline.
+
+        Returns:
+            The wrapped pipeline's output; an output object also has ``report``.
+        """
+        return self.ensemble.run(self.pipe, prompt, *args, **kwargs)

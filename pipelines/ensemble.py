@@ -1,0 +1,200 @@
+"""The LoRAs of a pipeline, and a call of it with them composed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmlora.caching.unet import Cut
+from cmlora.compose import TextEncoder, compose
+from cmlora.engine import Report
+from cmlora.errors import CmloraError
+from cmlora.files import Applied, load
+from cmlora.frequency.profile import Profile, read_card
+from cmlora.pipelines import library
+from cmlora.plan import Policy, Role
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A LoRA in a pipeline.
+
+    Args:
+        path: its file.
+        applied: what of the file went where.
+        weight: its strength unless a call says otherwise.
+        role: the user's label of its frequency class.
+        profile: its measured frequency profile, if there is a card beside the file.
+    """
+
+    path: Path
+    applied: Applied
+    weight: float = 1.0
+    role: Role | None = None
+    profile: Profile | None = None
+
+
+class Ensemble:
+    """The LoRAs that were loaded into one pipeline.
+
+    Args:
+        pipe: a diffusers pipeline; it is used, not copied.
+        source: the name it was loaded by; the ids of the embedded LoRAs are known for ``emoji``.
+    """
+
+    def __init__(self, pipe: Any, source: str | Path | None = None) -> None:
+        self.pipe = pipe
+        self.source = source
+        self.loras: dict[str, Loaded] = {}
+        self.report: Report | None = None
+
+    def load(
+        self,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        weight: float = 1.0,
+        role: Role | None = None,
+        strict: bool = True,
+    ) -> str:
+        """Put a LoRA into the pipeline.
+
+        Args:
+            path: a safetensors file of any trainer, or the id of an embedded LoRA.
+            adapter_name: what to call it; by default the file's stem.
+            weight: its strength unless a call says otherwise.
+            role: ``high`` or ``low`` frequency, if you know better than the measurement.
+            strict: refuse a file that does not apply completely.
+
+        Returns:
+            The adapter's name.
+
+        Raises:
+            CmloraError: if the file is missing, broken, a pickle, or made for another base; or
+                if the name is taken or the weight not a finite number.
+        """
+        file = library.find(path, model=self.source)
+        name = adapter_name or library.adapter_name(file, self.loras)
+        if name in self.loras:
+            raise CmloraError(f"adapter {name!r} is loaded already; choose another adapter_name")
+        _check_weight(name, weight)
+        applied = load(self.pipe, file, name, strict=strict)
+        self.loras[name] = Loaded(file, applied, weight, role, read_card(file))
+        return name
+
+    def weights(
+        self, lora_weights: Mapping[str, float] | Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """The LoRAs of a call and their strengths.
+
+        Args:
+            lora_weights: strengths by name (others stay out), or one per loaded LoRA in loading
+                order, or ``None`` for all with the strengths they were loaded with.
+
+        Raises:
+            CmloraError: for an unknown name, a wrong number of weights, or one that is no number.
+        """
+        if lora_weights is None:
+            return {name: lora.weight for name, lora in self.loras.items()}
+        if not isinstance(lora_weights, Mapping):
+            if len(lora_weights) != len(self.loras):
+                raise CmloraError(
+                    f"{len(lora_weights)} lora_weights for {len(self.loras)} LoRAs "
+                    f"({', '.join(self.loras) or 'none loaded'})"
+                )
+            lora_weights = dict(zip(self.loras, lora_weights, strict=True))
+        for name, weight in lora_weights.items():
+            if name not in self.loras:
+                known = ", ".join(self.loras) or "none"
+                raise CmloraError(f"no LoRA {name!r} is loaded; loaded: {known}")
+            _check_weight(name, weight)
+        return dict(lora_weights)
+
+    def run(
+        self,
+        call: Callable[..., Any],
+        prompt: Any = None,
+        *args: Any,
+        composition: str = "cmlora",
+        lora_weights: Mapping[str, float] | Sequence[float] | None = None,
+        cache: str | Policy | None = None,
+        cut: Cut | None = None,
+        text_encoder: TextEncoder = "all",
+        composition_options: Mapping[str, Any] | None = None,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make pictures with the pipeline's own `call` while the LoRAs are composed.
+
+        Args:
+            call: the pipeline's call.
+            prompt: as the pipeline takes it.
+            *args: further positional arguments of the pipeline.
+            composition: a name from `cmlora.strategies.METHODS`.
+            lora_weights: see `weights`.
+            cache: a cache policy such as ``none``, ``uniform:3``, ``nonuniform``; by default
+                ``nonuniform`` for cmlora on a UNet and ``none`` otherwise.
+            cut: where the cache cuts the UNet; the family's default if not given.
+            text_encoder: whether the LoRAs' text encoder parts are used, ``all`` or ``none``.
+            composition_options: the method's own options.
+            seed: of the first picture; picture i of the call starts from ``seed + i``. Or one
+                seed per picture. A picture depends on its own seed only.
+            **kwargs: for the pipeline's call.
+
+        Returns:
+            The pipeline's output; an output object also has ``report``.
+
+        Raises:
+            CmloraError: for an unknown method or option, or LoRAs that are not loaded.
+        """
+        weights = self.weights(lora_weights)
+        if seed is not None:
+            if kwargs.get("generator") is not None:
+                raise CmloraError("give either seed or generator, not both")
+            kwargs["generator"] = _generators(seed, _pictures(prompt, kwargs))
+        used = {name: self.loras[name] for name in weights}
+        with compose(
+            self.pipe,
+            weights,
+            method=composition,
+            cache=default_cache(composition, self.pipe) if cache is None else cache,
+            cut=cut,
+            roles={name: lora.role for name, lora in used.items() if lora.role is not None},
+            profiles={n: lora.profile for n, lora in used.items() if lora.profile is not None},
+            text_encoder=text_encoder,
+            **composition_options or {},
+        ) as active:
+            output = call(prompt, *args, **kwargs)
+        self.report = active.report
+        if hasattr(output, "to_tuple"):
+            output.report = self.report
+        return output
+
+
+def default_cache(method: str, pipe: Any) -> str:
+    """The cache policy a method has in a pipeline unless told otherwise."""
+    cacheable = type(getattr(pipe, "unet", None)).__name__ == "UNet2DConditionModel"
+    return "nonuniform" if method == "cmlora" and cacheable else "none"
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise CmloraError(f"weight {weight!r} of LoRA {name!r} is not a finite number")
+
+
+def _pictures(prompt: Any, kwargs: Mapping[str, Any]) -> int:
+    """How many pictures a call makes."""
+    embeds = kwargs.get("prompt_embeds")
+    prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    return prompts * int(kwargs.get("num_images_per_prompt") or 1)
+
+
+def _generators(seed: int | Sequence[int], pictures: int) -> list[torch.Generator]:
+    """One CPU generator per picture, so that a picture is the same alone and in a batch."""
+    seeds = [seed + i for i in range(pictures)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != pictures:
+        raise CmloraError(f"{len(seeds)} seeds for {pictures} pictures")
+    return [torch.Generator("cpu").manual_seed(each) for each in seeds]

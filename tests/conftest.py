@@ -1,0 +1,22 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import disk
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 1.5 model as a diffusers folder; read only."""
+    return disk.save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRA files `cat`, `hat` and `ink` for the tiny model; read only."""
+    folder = tmp_path_factory.mktemp("loras")
+    for name in ("cat", "hat", "ink"):
+        disk.save_lora(folder, name)
+    return folder
