@@ -1,0 +1,83 @@
+"""How several LoRAs become one picture: the methods, each a pure function of step and LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cmlora.caching.policy import parse
+from cmlora.errors import CmloraError
+from cmlora.plan import Member, Plan, Policy, Step, Strategy
+from cmlora.registry import Entry, Registry
+from cmlora.strategies.cmlora import cmlora
+from cmlora.strategies.composite import composite
+from cmlora.strategies.lorahub import lorahub
+from cmlora.strategies.merge import merge
+from cmlora.strategies.naive import naive
+from cmlora.strategies.options import checked
+from cmlora.strategies.select import select
+from cmlora.strategies.switch import switch
+from cmlora.strategies.switch_a import switch_a
+
+METHODS: Registry[Strategy] = Registry(
+    "composition method",
+    Entry("naive", naive, "no LoRA, the trigger words alone"),
+    Entry("merge", merge, "all LoRAs at once in the weights"),
+    Entry("switch", switch, "one LoRA at a time, the next one every tau steps", "arXiv:2402.16843"),
+    Entry("composite", composite, "the mean of one prediction per LoRA", "arXiv:2402.16843"),
+    Entry(
+        "switch_a",
+        switch_a,
+        "one LoRA at a time, high-frequency ones first",
+        "arXiv:2502.04923",
+    ),
+    Entry("select", select, "every place follows the LoRAs that change it most"),
+    Entry("lorahub", lorahub, "one merge with searched coefficients", "arXiv:2307.13269"),
+    Entry(
+        "cmlora",
+        cmlora,
+        "every LoRA predicts, in frequency order one dominates, the others reuse features",
+        "arXiv:2502.04923",
+    ),
+)
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method, checked against its keyword arguments and read from text.
+
+    Raises:
+        CmloraError: for an unknown method or option, or a value of the wrong kind or range.
+
+    >>> check_options("switch", {"tau": "3"})
+    {'tau': 3}
+    """
+    return checked(method, METHODS[method].object, options)
+
+
+def schedule(
+    method: str,
+    members: Sequence[Member],
+    count: int,
+    policy: str | Policy = "none",
+    **options: Any,
+) -> tuple[Plan, ...]:
+    """The plans of all steps of a run without a model: for inspection, cost and tests.
+
+    What a method measures while it runs is missing here; CMLoRA online then follows the clock.
+    `cmlora.caching.policy.tally` counts the full and light calls.
+
+    Args:
+        method: a key of `METHODS`.
+        members: the LoRAs in the user's order.
+        count: T, the number of steps.
+        policy: the cache policy or its text.
+        options: the method's own.
+
+    Raises:
+        CmloraError: for anything the method or the policy does not accept.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise CmloraError(f"a run has {count!r} steps; the number must be 1 or more")
+    strategy, known = METHODS[method].object, check_options(method, options)
+    refreshing = parse(policy)
+    return tuple(strategy(Step(i, count), members, refreshing, **known) for i in range(count))

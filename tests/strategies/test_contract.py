@@ -1,0 +1,243 @@
+"""What every composition method promises, whatever it does."""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cmlora.caching.policy as caching
+from cmlora.errors import CmloraError
+from cmlora.plan import Member, Pass, Plan, Step
+from cmlora.strategies import METHODS, check_options, schedule
+
+FOLDER = Path(caching.__file__).parent.parent / "strategies"
+
+SET = (
+    Member("nezuko", 0.8, frequency=0.80),
+    Member("uniform", 0.9, frequency=0.78),
+    Member("bamboo", 1.0, frequency=0.30),
+    Member("toast", 1.1, frequency=0.82),
+)
+COEFFICIENTS = (0.5, -0.2, 1.0, 0.3)
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((method, {}) for method in METHODS if method != "lorahub"),
+    ("lorahub", {"coefficients": COEFFICIENTS}),
+    ("cmlora", {"partition": "async"}),
+    ("cmlora", {"partition": "online"}),
+    ("cmlora", {"dominant_full": "always", "max_age": None}),
+]
+
+every_case = pytest.mark.parametrize(
+    ("method", "options"), CASES, ids=["-".join([m, *map(str, o.values())]) for m, o in CASES]
+)
+policies = pytest.mark.parametrize("policy", ["none", "uniform:3", "nonuniform", "steps:0,7"])
+
+
+def carried_out(plan: Plan, outputs: torch.Tensor) -> torch.Tensor:
+    """What the engine makes of a plan's outputs, in the simplest way."""
+    if not isinstance(plan.combine, tuple):
+        return plan.combine(outputs)
+    result = torch.zeros_like(outputs[0])
+    for share, output in zip(plan.combine, outputs, strict=True):
+        result += share * output
+    return result
+
+
+def outputs_for(plan: Plan, seed: int = 0) -> torch.Tensor:
+    """Outputs that depend on the pass alone, so that the same pass has the same output."""
+    rows = []
+    for item in plan.passes:
+        number = sum(ord(letter) * (i + 1) for i, letter in enumerate(item.key)) + seed
+        rows.append(torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(number)))
+    return torch.stack(rows)
+
+
+@every_case
+@policies
+def test_the_combination_is_affine_in_the_outputs(
+    method: str, options: Mapping[str, Any], policy: str
+) -> None:
+    """Shares that sum to one: what is added to every output is added to the result."""
+    for plan in schedule(method, SET, 40, policy, **options):
+        outputs = outputs_for(plan)
+        moved = carried_out(plan, outputs + 3.0)
+        torch.testing.assert_close(moved, carried_out(plan, outputs) + 3.0, rtol=1e-4, atol=1e-4)
+
+
+@every_case
+def test_equal_outputs_stay_what_they_are(method: str, options: Mapping[str, Any]) -> None:
+    """LoRAs that change nothing give the base model's picture."""
+    for plan in schedule(method, SET, 20, "uniform:3", **options):
+        one = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(1))
+        same = carried_out(plan, one.expand(len(plan.passes), -1, -1, -1, -1))
+        assert same.isfinite().all()
+        torch.testing.assert_close(same, one)
+
+
+@every_case
+@policies
+def test_every_lora_takes_part_within_a_run(
+    method: str, options: Mapping[str, Any], policy: str
+) -> None:
+    active = {
+        name
+        for plan in schedule(method, SET, 40, policy, **options)
+        for item in plan.passes
+        for name in item.weights
+    }
+    assert active == (set() if method == "naive" else {member.name for member in SET})
+
+
+@every_case
+@policies
+def test_the_same_input_gives_the_same_plan(
+    method: str, options: Mapping[str, Any], policy: str
+) -> None:
+    first = schedule(method, SET, 30, policy, **options)
+    again = schedule(method, list(SET), 30, caching.parse(policy), **options)
+    for one, other in zip(first, again, strict=True):
+        assert one.passes == other.passes
+        outputs = outputs_for(one)
+        assert torch.equal(carried_out(one, outputs), carried_out(other, outputs))
+
+
+@every_case
+def test_with_profiles_the_order_of_the_loras_makes_no_difference(
+    method: str, options: Mapping[str, Any]
+) -> None:
+    if method == "switch":
+        pytest.skip("the order of the turns is the user's")
+    expected = schedule(method, SET, 30, "nonuniform", **options)
+    for members in itertools.permutations(SET):
+        for one, other in zip(
+            expected, schedule(method, members, 30, "nonuniform", **options), strict=True
+        ):
+            assert one.passes == other.passes
+            assert [list(p.weights) for p in one.passes] == [list(p.weights) for p in other.passes]
+            outputs = outputs_for(one)
+            assert torch.equal(carried_out(one, outputs), carried_out(other, outputs))
+
+
+@pytest.mark.parametrize("policy", ["none", "nonuniform"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "naive"])
+def test_one_lora_is_run_plainly(method: str, policy: str) -> None:
+    refreshes = caching.parse(policy).refreshes(30)
+    for index, plan in enumerate(schedule(method, [Member("only", 0.7)], 30, policy)):
+        assert plan.passes == (Pass({"only": 0.7}, may_reuse=index not in refreshes),)
+        assert plan.combine == (1.0,)
+        assert plan.observe is None
+
+
+@every_case
+@pytest.mark.parametrize("policy", ["none", "uniform:1"])
+def test_without_reuse_every_pass_is_full(
+    method: str, options: Mapping[str, Any], policy: str
+) -> None:
+    plans = schedule(method, SET, 30, policy, **options)
+    assert not any(item.may_reuse for plan in plans for item in plan.passes)
+
+
+@every_case
+@pytest.mark.parametrize("policy", ["uniform:2", "nonuniform"])
+def test_with_reuse_some_passes_are_light_and_the_first_step_is_full(
+    method: str, options: Mapping[str, Any], policy: str
+) -> None:
+    plans = schedule(method, SET, 30, policy, **options)
+    assert not any(item.may_reuse for item in plans[0].passes)
+    assert sum(caching.tally(plans).light.values()) > 0
+
+
+@every_case
+def test_slots_are_never_shared_between_passes_of_a_step(
+    method: str, options: Mapping[str, Any]
+) -> None:
+    for plan in schedule(method, SET, 30, "nonuniform", **options):
+        keys = [item.key for item in plan.passes]
+        assert len(set(keys)) == len(keys)
+
+
+@every_case
+def test_passes_keep_the_users_weights(method: str, options: Mapping[str, Any]) -> None:
+    weights = {member.name: member.weight for member in SET}
+    if method == "lorahub":
+        scale = dict(zip(sorted(weights), COEFFICIENTS, strict=True))
+        weights = {name: scale[name] * weight for name, weight in weights.items()}
+    for plan in schedule(method, SET, 30, **options):
+        for item in plan.passes:
+            assert all(item.weights[name] == weights[name] for name in item.weights)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_option_is_answered_with_the_known_ones(method: str) -> None:
+    with pytest.raises(CmloraError, match=f"{method} has no option 'colour'"):
+        check_options(method, {"colour": 1})
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "naive"])
+def test_no_lora_and_a_doubled_lora_are_errors(method: str) -> None:
+    with pytest.raises(CmloraError, match="given none"):
+        schedule(method, [], 10)
+    with pytest.raises(CmloraError, match="'twin' is listed twice"):
+        schedule(method, [Member("twin"), Member("twin")], 10)
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 2.0])
+def test_a_run_without_steps_is_an_error(count: Any) -> None:
+    with pytest.raises(CmloraError, match="1 or more"):
+        schedule("merge", SET, count)
+
+
+def test_an_unknown_method_is_answered_with_near_names() -> None:
+    with pytest.raises(CmloraError, match="did you mean switch"):
+        schedule("swtich", SET, 10)
+
+
+@every_case
+@given(count=st.integers(1, 12))
+def test_runs_of_any_length_have_plans(method: str, options: Mapping[str, Any], count: int) -> None:
+    assert len(schedule(method, SET, count, "nonuniform", **options)) == count
+
+
+@every_case
+def test_a_latent_changes_nothing_unless_the_method_measures(
+    method: str, options: Mapping[str, Any]
+) -> None:
+    if options.get("partition") == "online":
+        pytest.skip("measures the latent")
+    known = check_options(method, options)
+    latent = torch.randn(1, 4, 8, 8)
+    blind = METHODS[method].object(Step(3, 30), SET, caching.nonuniform(), **known)
+    seeing = METHODS[method].object(
+        Step(3, 30, 900.0, latent, ({"step": 0.0},)), SET, caching.nonuniform(), **known
+    )
+    assert blind.passes == seeing.passes
+
+
+def test_every_file_of_the_folder_is_listed() -> None:
+    """A method's file, function and row share one word; other files are the folder's own."""
+    words = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "options"}
+    assert {word for word in words if not word.startswith("_")} == set(METHODS)
+    for name, entry in METHODS.items():
+        assert getattr(entry.object, "__name__", None) == name
+        assert getattr(entry.object, "__module__", None) == f"cmlora.strategies.{name}"
+        assert entry.sentence
+        assert not entry.sentence.endswith(".")
+
+
+def test_the_methods_are_listed_from_simple_to_full() -> None:
+    assert list(METHODS) == [
+        "naive",
+        "merge",
+        "switch",
+        "composite",
+        "switch_a",
+        "select",
+        "lorahub",
+        "cmlora",
+    ]
