@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 
 Point = tuple[float, ...]
@@ -19,10 +20,13 @@ def ngopt(loss: Loss, count: int, budget: int, bound: float, seed: int) -> None:
     space = nevergrad.p.Array(init=[0.0] * count).set_bounds(-bound, bound)
     space.random_state.seed(seed)
     solver = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
-    solver.suggest([0.0] * count)
-    for _ in range(budget):
-        candidate = solver.ask()
-        solver.tell(candidate, loss(tuple(float(value) for value in candidate.value)))
+    with warnings.catch_warnings():
+        # NGOpt hands small problems to a solver whose own defaults that solver complains about
+        warnings.filterwarnings("ignore", message="COBYLA")
+        for _ in range(budget):
+            candidate = solver.ask()
+            value = loss(tuple(float(part) for part in candidate.value))
+            solver.tell(candidate, min(value, 1e9))  # it warns of infinity
 
 
 def evolution(loss: Loss, count: int, budget: int, bound: float, seed: int) -> None:

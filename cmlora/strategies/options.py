@@ -127,6 +127,6 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin is tuple:
-        return f"{_describe(arguments[0])}s separated by commas"
+        return "numbers separated by commas"
     names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
     return names[hint]
