@@ -145,6 +145,7 @@ def compose(
     with ExitStack() as stack:
         for each in (switch, *text_switches):
             stack.callback(each.restore, each.snapshot())
+            each.freeze()
         stack.callback(forget_children, denoiser)
         if features is not None:
             stack.callback(features.detach)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,6 +99,15 @@ class AdapterSwitch:
             attributes["_disable_adapters"] = False
             scaling.update(scales)
 
+    def freeze(self) -> None:
+        """Take ``requires_grad`` from all LoRA parameters, until `restore`.
+
+        PEFT gives it to active adapters and to the one that was loaded last, and on a CPU it
+        decides between kernels that round differently, even where no gradient is computed.
+        """
+        for parameter in self._parameters():
+            parameter.requires_grad_(False)
+
     def snapshot(self) -> Snapshot:
         """The state of all layers now."""
         return Snapshot(
@@ -107,12 +116,7 @@ class AdapterSwitch:
                 for layer in self._layers
             ),
             scaling=tuple(dict(_scaling(layer)) for layer in self._layers),
-            requires_grad=tuple(
-                (parameter, parameter.requires_grad)
-                for layer in self._layers
-                for name in layer.adapter_layer_names
-                for parameter in getattr(layer, name).parameters()
-            ),
+            requires_grad=tuple((p, p.requires_grad) for p in self._parameters()),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -134,6 +138,12 @@ class AdapterSwitch:
             scaling.update({name: value for name, value in saved.items() if name in scaling})
         for parameter, flag in snapshot.requires_grad:
             parameter.requires_grad_(flag)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        """Every LoRA's parameters."""
+        for layer in self._layers:
+            for name in layer.adapter_layer_names:
+                yield from getattr(layer, name).parameters()
 
     def _prepare(self, weights: Mapping[str, float]) -> list[_Activation]:
         """Work out what activating these weights writes."""

@@ -173,12 +173,12 @@ class _Boundary(ModelHook):  # type: ignore[misc]
         """Replay the feature, or compute and record it."""
         current = self._cache.current
         if current is not None and current.light:
-            feature = self._cache.store[current.key]
+            feature = self._cache.store[current.key].clone()  # FreeU writes into what it gets
             return (feature,) if _answers_in_a_tuple(module) else feature
         output = self.fn_ref.original_forward(*args, **kwargs)
         if current is not None and current.record:
             feature = output[0] if isinstance(output, tuple) else output
-            self._cache.store[current.key] = feature
+            self._cache.store[current.key] = feature.clone()
         return output
 
 
