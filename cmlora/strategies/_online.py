@@ -61,7 +61,7 @@ def read(
         switching: whether the dominance changes hands at this step.
         probing: whether it is one of the `probe_steps`.
         threshold: g; the run is late while m < g, and so not where m is not a number.
-        split: h of m.
+        split: h of m and of the contributions' shares.
     """
     late = {int(row["step"]): bool(row["late"]) for row in step.observed if "late" in row}
     row = {"step": float(step.index)}
@@ -71,7 +71,7 @@ def read(
         # m itself is written down so that the threshold can be calibrated on recorded runs
         row |= {"late": float(late[step.index]), "high": high}
     names = [member.name for member in members] if probing else []
-    observe = _observing(row, names) if len(row) > 1 or probing else None
+    observe = _observing(row, names, split) if len(row) > 1 or probing else None
     return Readings(eras(members, order, step.observed), late, probing, observe)
 
 
@@ -108,7 +108,7 @@ def probe_steps(members: Sequence[Member], count: int, late: float, probes: int)
     return {math.floor(i * late * count / probes) for i in range(probes)} & set(range(count))
 
 
-def _observing(row: Mapping[str, float], names: Sequence[str]) -> Observe:
+def _observing(row: Mapping[str, float], names: Sequence[str], split: float) -> Observe:
     """`row` and the shares of ``names``, the first passes, against the last pass, the base's."""
 
     def observe(sample: Tensor, outputs: Tensor) -> Mapping[str, float]:
@@ -116,8 +116,9 @@ def _observing(row: Mapping[str, float], names: Sequence[str]) -> Observe:
 
         found = dict(row)
         for name, output in zip(names, outputs, strict=False):
-            share = energy_ratio(output.float() - outputs[-1].float())
-            found[f"frequency:{name}"] = float(share.mean())
+            contribution = output.float() - outputs[-1].float()
+            if contribution.any():  # a LoRA that does nothing has no frequency
+                found[f"frequency:{name}"] = float(energy_ratio(contribution, split).mean())
         return found
 
     return observe

@@ -68,7 +68,7 @@ def cmlora(
         max_age: at refresh steps, slots as old as this fraction of the run are renewed too, and
             all of them when the phase changes; ``None`` renews the dominant's alone.
         threshold: g, for ``online``; best a quantile of the values of m that runs have shown.
-        split: h, the relative radius where m's high frequencies begin.
+        split: h, the relative radius where ``online`` lets high frequencies begin.
         probes: how often ``online`` measures unknown LoRAs, with one base pass each.
 
     Raises:
