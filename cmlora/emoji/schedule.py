@@ -1,0 +1,39 @@
+"""The noise schedule of the embedded base model and the loss weights that go with it."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+
+def scheduler() -> DDIMScheduler:
+    """DDIM with v-prediction; latents exceed 1, so samples are never clipped."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+def v_target(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+    """Velocity sqrt(a) noise - sqrt(1 - a) latents; `alphas` (B,) are cumulative products."""
+    a = alphas[:, None, None, None]
+    return a.sqrt() * noise - (1 - a).sqrt() * latents
+
+
+def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+    """sqrt(a) latents + sqrt(1 - a) noise."""
+    a = alphas[:, None, None, None]
+    return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def min_snr_weight(alphas: Tensor, gamma: float = 5.0) -> Tensor:
+    """Min-SNR weights for v-prediction, min(SNR, gamma) / (SNR + 1) (arXiv:2303.09556)."""
+    snr = alphas / (1 - alphas)
+    return torch.minimum(snr, torch.full_like(snr, gamma)) / (snr + 1)
