@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.caching.policy import nonuniform, parse, tally
@@ -63,31 +63,35 @@ def test_async_is_the_published_loop(n: int, count: int, interval: int) -> None:
     )
 
 
-@intervals
-@given(measures=st.lists(st.sampled_from([math.nan, 0.1, 0.39, 0.41, 0.9]), min_size=60))
-def test_online_is_the_published_loop(interval: int, measures: list[float]) -> None:
-    count = 60
-    expected = references.published_online(count, HIGH, ["background_1"], interval, measures)
-    latents = {value: latent_with(value) for value in set(measures)}
-    strategy, policy = METHODS["cmlora"].object, parse(POLICIES[interval])
-    for index in range(count):
-        sample = latents[measures[index - 1]] if index else latent_with(0.1)
-        plan = strategy(
-            Step(index, count, sample=sample), FIVE, policy, mode="released", partition="online"
-        )
-        assert happened(plan) == expected[index]
+MEASURES = (math.nan, 0.1, 0.39, 0.41, 0.9)
 
 
-def latent_with(measure: float) -> torch.Tensor:
-    """A latent (1, 4, H, W) of a given published m: wide enough for bin 80, or not at all."""
-    if math.isnan(measure):
-        return torch.ones(1, 4, 64, 64)
+@pytest.fixture(scope="module")
+def latents() -> dict[float, torch.Tensor]:
+    """A latent (1, 4, H, W) of each published m: wide enough for bin 80, or not at all."""
     # bin 80 of 96 x 128 is one sample, the corner: a constant plus an alternating pattern
     y, x = torch.arange(96)[:, None], torch.arange(128)[None, :]
     checkers = 1 - 2.0 * ((y + x) % 2)
-    latent = (1 + measure * checkers).expand(1, 4, 96, 128)
-    assert float(intensity(latent[0].mean(0), first_bin=80)) == pytest.approx(measure)
-    return latent
+    made = {m: (1 + m * checkers).expand(1, 4, 96, 128) for m in MEASURES}
+    made[math.nan] = torch.ones(1, 4, 64, 64)
+    for m, latent in made.items():
+        found = float(intensity(latent[0].mean(0), first_bin=80))
+        assert found == pytest.approx(m, nan_ok=True)
+    return made
+
+
+@intervals
+@settings(max_examples=10)
+@given(measures=st.lists(st.sampled_from(MEASURES), min_size=30, max_size=30))
+def test_online_is_the_published_loop(
+    latents: dict[float, torch.Tensor], interval: int, measures: list[float]
+) -> None:
+    expected = references.published_online(30, HIGH, ["background_1"], interval, measures)
+    strategy, policy = METHODS["cmlora"].object, parse(POLICIES[interval])
+    for index in range(30):
+        step = Step(index, 30, sample=latents[measures[index - 1] if index else 0.1])
+        plan = strategy(step, FIVE, policy, mode="released", partition="online")
+        assert happened(plan) == expected[index]
 
 
 def test_the_background_is_dominant_in_19_of_79_late_steps() -> None:
