@@ -1,0 +1,280 @@
+"""Puts a LoRA into a diffusers pipeline through PEFT: completely and verified, or not at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmlora import family, peft_config
+from cmlora.errors import CmloraError
+from cmlora.lora import TEXT_ENCODERS, LoRA, Update
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `cmlora.files.load` did.
+
+    Args:
+        name: the adapter's name in the pipeline.
+        modules: how many modules of the denoiser it changes.
+        text_modules: how many modules of the text encoders it changes.
+        triggers: its trigger words, from the file.
+        sha256: of the file; empty for a LoRA that did not come from one.
+        category: what it draws, if the file says so.
+        skipped: keys and modules that were left out under ``strict=False``.
+    """
+
+    name: str
+    modules: int
+    text_modules: int
+    triggers: tuple[str, ...] = ()
+    sha256: str = ""
+    category: str | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def insert(
+    pipe: Any, lora: LoRA, name: str, *, strict: bool = True, source: str | None = None
+) -> Applied:
+    """Adds a LoRA to the denoiser and the text encoders of a diffusers pipeline.
+
+    Afterwards it is the active adapter of these models, as after diffusers' `load_lora_weights`.
+    If anything fails, the pipeline is as it was before.
+
+    Args:
+        pipe: any diffusers pipeline whose denoiser is ``unet`` or ``transformer``.
+        lora: the updates.
+        name: of the new adapter.
+        strict: modules that the pipeline does not have are an error; otherwise a warning.
+        source: how messages call the LoRA; its name by default.
+
+    Raises:
+        CmloraError: if the name is taken or impossible, if a module is missing or has another
+            shape, or if the model does not end up with exactly these updates.
+    """
+    source = source or lora.name
+    _check_name(pipe, name)
+    fitted, missing = _fit(pipe, lora, source)
+    if missing and (strict or not fitted):
+        raise CmloraError(
+            f"{source} is for {family.of_lora(lora)} and the pipeline is {family.of_pipe(pipe)}: "
+            f"{listing(missing)} {'is' if len(missing) == 1 else 'are'} not in the pipeline"
+            + (", strict=False leaves them out" if fitted else "")
+        )
+    if not fitted:
+        raise CmloraError(f"{source} contains nothing to apply")
+    if missing:
+        warnings.warn(f"{source}: {listing(missing)} left out, not in the pipeline", stacklevel=3)
+    with _resident(pipe), _all_or_nothing(getattr(pipe, component) for component in fitted):
+        for component, updates in fitted.items():
+            model = _plain(getattr(pipe, component))
+            _add(model, updates, name)
+            _verify(model, updates, name, source)
+    counts = {component: len(updates) for component, updates in fitted.items()}
+    text = sum(count for component, count in counts.items() if component in TEXT_ENCODERS)
+    total = sum(counts.values())
+    return Applied(
+        name, total - text, text, lora.triggers, category=lora.category, skipped=tuple(missing)
+    )
+
+
+def listing(names: list[str] | tuple[str, ...], shown: int = 3) -> str:
+    """The first few names, and how many more there are.
+
+    >>> listing(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _check_name(pipe: Any, name: str) -> None:
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise CmloraError(f"{name!r} cannot name a LoRA; use letters, digits, - and _")
+    for component in ("unet", "transformer", *TEXT_ENCODERS):
+        if name in getattr(getattr(pipe, component, None), "peft_config", {}):
+            raise CmloraError(
+                f"the pipeline already has a LoRA called {name!r}; "
+                f"choose another name or call pipe.delete_adapters({name!r})"
+            )
+
+
+def _fit(
+    pipe: Any, lora: LoRA, source: str
+) -> tuple[dict[str, dict[str, tuple[nn.Module, Update]]], list[str]]:
+    """For every component the model's own module names with layer and update; what is missing."""
+    fitted: dict[str, dict[str, tuple[nn.Module, Update]]] = {}
+    missing: list[str] = []
+    wrong: list[str] = []
+    for component, updates in lora.parts.items():
+        model = _plain(getattr(pipe, component, None))
+        for name, update in updates.items():
+            layer, own = _find(model, component, name)
+            if layer is None:
+                missing.append(f"{component}.{name}")
+                continue
+            shape = _shape(layer)
+            update = update.folded()
+            if shape is not None and _flat(shape) and _flat(update.shape):
+                down = update.down.reshape(update.rank, update.shape[1], *shape[2:])
+                update = replace(update, down=down)
+            if update.shape != shape:
+                found = "no linear or convolution layer" if shape is None else str(shape)
+                wrong.append(
+                    f"{component}.{name} is {update.shape} in the file and {found} in the pipeline"
+                )
+                continue
+            fitted.setdefault(component, {})[own] = (layer, update)
+    if wrong:
+        # The width of the text is what tells families apart.
+        wrong.sort(key=lambda line: "attn2.to_k" not in line)
+        raise CmloraError(
+            f"{source} is for {family.of_lora(lora)} and the pipeline is {family.of_pipe(pipe)}: "
+            + listing(wrong, 1)
+        )
+    return fitted, missing
+
+
+def _find(model: Any, component: str, name: str) -> tuple[nn.Module | None, str]:
+    if component in TEXT_ENCODERS and not hasattr(model, "text_model"):
+        name = name.removeprefix("text_model.")
+    if model is None:
+        return None, name
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        return None, name
+    return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer), name
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...] | None:
+    # Not from the weight: a quantized layer stores it in another shape.
+    if isinstance(layer, nn.Linear):
+        return (layer.out_features, layer.in_features)
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    return None
+
+
+def _flat(shape: tuple[int, ...]) -> bool:
+    return shape[2:] in ((), (1, 1))
+
+
+def _plain(model: Any) -> Any:
+    """The model itself if it was wrapped by `torch.compile`."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _tensors(layer: nn.Module, update: Update) -> tuple[Tensor, Tensor]:
+    """PEFT's A and B for one layer, where and in the precision the layer computes."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    if dtype.itemsize < 2:
+        dtype = torch.bfloat16
+    device = "cpu" if weight.is_meta else weight.device
+    up = update.up.reshape(*update.up.shape, *[1] * (update.down.ndim - 2))
+    down = update.down.to(device, dtype, copy=True)
+    return down.contiguous(), up.to(device, dtype, copy=True).contiguous()
+
+
+def _add(model: Any, updates: Mapping[str, tuple[nn.Module, Update]], name: str) -> None:
+    """Injects the layers and sets their weights, as diffusers does for a denoiser.
+
+    Text encoders go the same way: transformers' own `load_adapter` draws random numbers for weights
+    that it then keeps, and reports the whole model as missing from the file.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    state: dict[str, Tensor] = {}
+    for module, (layer, update) in updates.items():
+        down, up = _tensors(layer, update)
+        state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = down, up
+    settings = peft_config.config({m: update for m, (_, update) in updates.items()})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        # Empty layers first: initial values would be drawn from the global random generator.
+        options = {"adapter_name": name, "low_cpu_mem_usage": True}
+        inject_adapter_in_model(LoraConfig(**settings), model, state_dict=state, **options)
+        set_peft_model_state_dict(model, state, **options)
+    model._hf_peft_config_loaded = True
+
+
+def _verify(
+    model: Any, updates: Mapping[str, tuple[nn.Module, Update]], name: str, source: str
+) -> None:
+    """Raises unless the model holds exactly these factors and scales under this name."""
+    holders = [m for m in model.modules() if name in getattr(m, "lora_A", ())]
+    if len(holders) != len(updates):
+        raise CmloraError(f"{source}: {len(holders)} modules were changed, not {len(updates)}")
+    for module, (layer, update) in updates.items():
+        tuner = model.get_submodule(module)
+        down, up = _tensors(layer, update)
+        factors = tuner.lora_A[name].weight, tuner.lora_B[name].weight
+        alpha = peft_config.alpha(update.scale, update.rank)
+        if not (
+            torch.equal(factors[0].to(down), down)
+            and torch.equal(factors[1].to(up), up)
+            and tuner.scaling[name] == alpha / update.rank
+        ):
+            raise CmloraError(f"{source}: {module} did not arrive in the pipeline as it is stored")
+
+
+@contextmanager
+def _resident(pipe: Any) -> Iterator[None]:
+    """Suspends CPU offloading, whose hooks would not know the new layers."""
+    from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
+    suspend = getattr(pipe, "_optionally_disable_offloading", lambda _: (False, False, False))
+    whole, sequential, grouped = suspend(pipe)
+    try:
+        yield
+    finally:
+        if whole:
+            pipe.enable_model_cpu_offload()
+        elif sequential:
+            pipe.enable_sequential_cpu_offload()
+        elif grouped:
+            for component in pipe.components.values():
+                if isinstance(component, nn.Module):
+                    _maybe_remove_and_reapply_group_offloading(component)
+
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextmanager
+def _all_or_nothing(models: Iterator[Any]) -> Iterator[None]:
+    """Puts the models back as they were if the body fails, interrupts included.
+
+    What PEFT changes is all in the attributes of modules. Containers are restored in place, because
+    the handles of registered hooks point at them.
+    """
+    memory: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+    trainable: list[tuple[nn.Parameter, bool]] = []
+    for model in models:
+        for module in model.modules():
+            attributes = vars(module)
+            held = {k: v.copy() for k, v in attributes.items() if type(v) in _CONTAINERS}
+            memory.append((attributes, dict(attributes), held))
+        trainable += [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for attributes, before, held in memory:
+            attributes.clear()
+            attributes.update(before)
+            for key, value in held.items():
+                container = before[key]
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(value)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise
