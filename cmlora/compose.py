@@ -19,6 +19,7 @@ from cmlora.engine import HOOK, CompositionHook, Report
 from cmlora.errors import CmloraError
 from cmlora.hooks import Attachment, forget_children, hook_of
 from cmlora.plan import Member, Policy, Role, Strategy
+from cmlora.strategies import METHODS, check_options
 from cmlora.switching import AdapterSwitch
 from cmlora.tracker import StepTracker
 
@@ -174,8 +175,6 @@ def _strategy(
     """A method's name, function and checked options."""
     if not isinstance(method, str):
         return getattr(method, "__name__", type(method).__name__), method, dict(options)
-    from cmlora.strategies import METHODS, check_options
-
     strategy = METHODS[method].object
     return method, strategy, check_options(method, options)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class StepTracker:
 
     The timesteps a pipeline loops over are views into ``scheduler.timesteps``, so their address
     tells the step exactly, with repeated values and without waiting for the device. Where a
-    pipeline computes a new tensor from it, the value, the scheduler's own ``step_index`` or, as
-    the last resort, the value read back from the device tell it.
+    pipeline computes a new tensor from it, the scheduler's own ``step_index`` or, as the last
+    resort, the value does, which then has to be read back from the device.
 
     A run begins when the scheduler has a new tensor of timesteps, when the step goes back, or
     after `reset`. A timestep that is in no table makes a run of a single step.
@@ -53,6 +56,7 @@ class StepTracker:
         self._calls: Counter[str] = Counter()
         self._table: torch.Tensor | None = None
         self._values: list[float] = []
+        self._warned = False
         self.reset()
 
     def reset(self) -> None:
@@ -81,6 +85,9 @@ class StepTracker:
         if position is None:
             position = self._locate(timestep, name)
         if position is None:
+            if self._values and not self._warned:
+                self._warned = True
+                _logger.warning("timestep %s is in no schedule: every call is a run", timestep)
             self.reset()
             return Tick(0, 1, _value(timestep), name, fresh=True)
         fresh = self._position < 0 or position < self._position
@@ -108,12 +115,11 @@ class StepTracker:
             position = _offset(timestep, self._table)
             if position is not None:
                 return position
-        on_host = not isinstance(timestep, torch.Tensor) or timestep.device.type == "cpu"
-        position = self._find(_value(timestep), name) if on_host else None
+        position = self._ask_scheduler()
         if position is None:
-            position = self._ask_scheduler()
-        if position is None and not on_host:
             position = self._find(_value(timestep), name)
+        if position is None and hasattr(self._pipe.scheduler, "step_index"):
+            position = 0  # it counts, and has not begun
         return position
 
     def _find(self, value: float, name: str) -> int | None:
@@ -128,14 +134,13 @@ class StepTracker:
         return next(later, next(first, None))
 
     def _ask_scheduler(self) -> int | None:
-        """The scheduler's own count of its steps, if it keeps one."""
+        """The scheduler's own count of its steps, if it keeps one and knows it already."""
         scheduler = self._pipe.scheduler
-        if not hasattr(scheduler, "step_index"):
-            return None
-        position = scheduler.step_index
+        position = getattr(scheduler, "step_index", None)
         if position is None:  # before the first step
-            position = getattr(scheduler, "begin_index", None) or 0
-        return int(position) if 0 <= position < len(self._values) else None
+            position = getattr(scheduler, "begin_index", None)
+        known = isinstance(position, int) and 0 <= position < len(self._values)
+        return position if known else None
 
     def _length(self, context: Any) -> int:
         """How many steps the run that begins now has."""

@@ -12,11 +12,12 @@ from diffusers.hooks import ModelHook
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from cmlora.caching.policy import none, uniform
+from cmlora.caching.policy import none, tally, uniform
 from cmlora.caching.unet import Cut
 from cmlora.compose import compose
 from cmlora.errors import CmloraError
 from cmlora.plan import Member, Pass, Plan, Policy, Step
+from cmlora.strategies import METHODS, schedule
 from tests import tiny
 
 NAMES = ("ink", "alice", "forest")
@@ -187,16 +188,35 @@ def test_strengths_of_zero_are_the_base_model(loaded: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("method", [average, together])
-@pytest.mark.parametrize("cache", ["none", "uniform:2"])
-def test_order_of_loading_changes_no_bit(method: Any, cache: str) -> None:
+@pytest.mark.parametrize(("method", "cache"), [("merge", "none"), ("cmlora", "uniform:2")])
+def test_order_of_loading_changes_no_bit(method: str, cache: str) -> None:
     results = []
     for names in (NAMES, NAMES[::-1]):
         pipe = tiny.sd15()
         tiny.add_loras(pipe, names, text=True)
-        with compose(pipe, names, method=method, cache=cache):
+        with compose(pipe, NAMES, method=method, cache=cache):
             results.append(tiny.run(pipe))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lorahub"])
+def test_every_method_runs_what_it_plans(sd15: Any, method: str) -> None:
+    with compose(sd15, NAMES, method=method, cache="nonuniform") as composition:
+        result = tiny.run(sd15, steps=6)
+    planned = tally(schedule(method, [Member(n) for n in NAMES], 6, "nonuniform"))
+    assert torch.isfinite(result).all()
+    assert composition.report.full == dict(planned.full)
+    assert composition.report.light == dict(planned.light)
+
+
+def test_naive_is_the_base_model_with_or_without_names(sd15: Any) -> None:
+    sd15.disable_lora()
+    expected = tiny.run(sd15)
+    sd15.enable_lora()
+    nobody: tuple[str, ...] = ()
+    for loras in (nobody, NAMES):
+        with compose(sd15, loras, method="naive"):
+            assert_near(tiny.run(sd15), expected)
 
 
 def encoded(pipe: Any) -> torch.Tensor:
@@ -265,12 +285,11 @@ def leave_by_error_in_the_model(pipe: Any, **how: Any) -> None:
 LEAVE = [leave_normally, leave_by_interrupt, leave_by_error_in_the_model]
 
 
-@pytest.mark.parametrize("leave", LEAVE)
-@pytest.mark.parametrize("cache", ["none", "uniform:2"])
-@pytest.mark.parametrize("prepare", ["set", "disabled", "scaled"])
-def test_what_goes_on_comes_off(
-    loaded: Any, leave: Callable[..., None], cache: str, prepare: str
-) -> None:
+@pytest.mark.parametrize(
+    ("leave", "prepare"),
+    [*((leave, "set") for leave in LEAVE), *((leave_normally, p) for p in ("disabled", "scaled"))],
+)
+def test_what_goes_on_comes_off(loaded: Any, leave: Callable[..., None], prepare: str) -> None:
     loaded.enable_lora()
     loaded.set_adapters(["forest", "ink"], [0.3, 0.9])
     if prepare == "disabled":
@@ -278,7 +297,7 @@ def test_what_goes_on_comes_off(
     elif prepare == "scaled":
         tiny.run(loaded, cross_attention_kwargs={"scale": 0.7})
     before, output = state(loaded), tiny.run(loaded)
-    leave(loaded, cache=cache, text_encoder="none")
+    leave(loaded, cache="uniform:2", text_encoder="none")
     assert state(loaded) == before
     assert torch.equal(tiny.run(loaded), output)
     loaded.enable_lora()
@@ -513,6 +532,8 @@ def test_guidance_that_stops_midway_never_meets_a_feature_of_another_shape(sd15:
 @pytest.mark.parametrize(
     ("loras", "options", "message"),
     [
+        (["ink"], {"method": "compsite"}, "did you mean composite"),
+        (["ink"], {"method": "switch", "tua": 3}, "tua"),
         (["alcie"], {}, r"unknown LoRA 'alcie'; did you mean alice\? loaded: alice, forest, ink"),
         (["zz"], {}, r"unknown LoRA 'zz'; loaded: alice, forest, ink"),
         (["ink", "ink"], {}, "ink: listed more than once"),
