@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.caching.policy import (
@@ -40,6 +40,7 @@ def test_nonuniform_has_the_published_number_of_refreshes(count: int, refreshes:
     assert len(nonuniform().refreshes(count)) == refreshes
 
 
+@settings(deadline=None)
 @given(counts, st.integers(1, 6), st.integers(1, 6))
 def test_nonuniform_matches_the_loop(count: int, c1: int, c2: int) -> None:
     expected = nonuniform_refreshes(count, c1, c2)
@@ -55,6 +56,7 @@ def test_an_edge_that_rounds_down_by_a_float_error_is_kept() -> None:
     assert 29 in nonuniform(7, 5, 0.29, 0.9).refreshes(100)
 
 
+@settings(deadline=None)
 @given(policies, counts)
 def test_refreshes_ascend_from_zero_within_the_run(policy: Policy, count: int) -> None:
     steps = policy.refreshes(count)
@@ -63,12 +65,14 @@ def test_refreshes_ascend_from_zero_within_the_run(policy: Policy, count: int) -
     assert all(a < b for a, b in itertools.pairwise(steps))
 
 
+@settings(deadline=None)
 @given(policies, counts)
 def test_without_reuse_every_step_is_a_refresh(policy: Policy, count: int) -> None:
     if not policy.reuse:
         assert policy.refreshes(count) == tuple(range(count))
 
 
+@settings(deadline=None)
 @given(policies)
 def test_the_name_stands_for_the_policy(policy: Policy) -> None:
     assert parse(policy.name) == policy

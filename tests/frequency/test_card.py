@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.errors import CmloraError
@@ -40,6 +40,7 @@ def test_the_window_is_the_shortest_half(norm: list[float], window: tuple[float,
     assert profile(norm).window == window
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_the_window_holds_half_and_no_shorter_one_does(norm: list[float]) -> None:
     count, (first, last) = len(norm), profile(norm).window
@@ -65,6 +66,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(sizes)
 def test_a_card_gives_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, norm: list[float]

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.frequency.order import order, partition, phases, single_phase, threshold
@@ -25,6 +25,7 @@ def test_measurements_single_out_the_background() -> None:
     assert partition(SET) == (("ink", "toast", "nezuko", "uniform"), ("bamboo",))
 
 
+@settings(deadline=None)
 @given(st.permutations(SET))
 def test_a_measured_order_does_not_depend_on_the_order_given(members: list[Member]) -> None:
     assert partition(members) == partition(SET)
@@ -107,6 +108,7 @@ def test_the_measured_order_puts_the_class_first_that_acts_first() -> None:
     assert order(as_in_the_paper, "measured") == ["fine", "coarse"]
 
 
+@settings(deadline=None)
 @given(shares)
 def test_the_threshold_is_the_best_two_means_split(values: list[float]) -> None:
     def cost(group: list[float]) -> float:

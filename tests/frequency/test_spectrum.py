@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.frequency.spectrum import corner_radius, energy_ratio, intensity, radial_amplitude
@@ -93,6 +93,7 @@ def test_a_stripe_counts_the_same_along_either_axis_of_an_oblong() -> None:
     assert float(energy_ratio(u + along_x, 0.18)) == pytest.approx(0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(-100, 100))
 def test_energy_ratio_is_a_share_of_what_varies(seed: int, scale: float, mean: float) -> None:
     u = noise(2, 8, 8, seed=seed)

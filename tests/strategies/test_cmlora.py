@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.caching.policy import custom, nonuniform, tally, uniform
@@ -59,6 +59,7 @@ reusing = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     members_of_any_kind,
     st.integers(1, 80),
@@ -173,6 +174,7 @@ def test_the_shares_decay_at_every_switch(n: int) -> None:
         assert sum(plan.combine) == pytest.approx(1)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 9), st.integers(0, 300), st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]))
 def test_the_dominant_is_never_outweighed(n: int, switches: int, decay: float) -> None:
     c = dominant_weight(n, switches, decay=decay)

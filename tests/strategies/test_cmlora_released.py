@@ -81,7 +81,7 @@ def latents() -> dict[float, torch.Tensor]:
 
 
 @intervals
-@settings(max_examples=10)
+@settings(deadline=None, max_examples=10)
 @given(measures=st.lists(st.sampled_from(MEASURES), min_size=30, max_size=30))
 def test_online_is_the_published_loop(
     latents: dict[float, torch.Tensor], interval: int, measures: list[float]

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.plan import Member, Pass
 from cmlora.strategies import schedule
 
 
+@settings(deadline=None)
 @given(st.integers(2, 9))
 def test_one_pass_per_lora_with_equal_shares(n: int) -> None:
     members = [Member(f"lora{i}", i / 10) for i in range(n)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cmlora.caching.policy as caching
@@ -199,6 +199,7 @@ def test_an_unknown_method_is_answered_with_near_names() -> None:
 
 
 @every_case
+@settings(deadline=None)
 @given(count=st.integers(1, 12))
 def test_runs_of_any_length_have_plans(method: str, options: Mapping[str, Any], count: int) -> None:
     assert len(schedule(method, SET, count, "nonuniform", **options)) == count

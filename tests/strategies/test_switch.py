@@ -1,6 +1,6 @@
 """Switch: whose turn it is."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.caching.policy import tally
@@ -10,6 +10,7 @@ from cmlora.strategies import schedule
 FIVE = [Member(name) for name in ("character", "clothing", "style", "background", "object")]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 80))
 def test_the_turns_follow_the_papers_formula(tau: int, n: int, count: int) -> None:
     members = FIVE[:n]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.plan import Member
@@ -38,6 +38,7 @@ def test_two_loras_keep_to_their_turns() -> None:
     assert turns([HIGH[0], LOW[0]], 20) == "a" * 12 + "x" * 8
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 60))
 def test_without_classes_it_is_switch(tau: int, count: int) -> None:
     members = [Member("c"), Member("a"), Member("b")]
