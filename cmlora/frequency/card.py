@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from cmlora.container import replacing, sha256
+from cmlora.atomic import replacing
+from cmlora.container import sha256
 
 
 class StaleCard(UserWarning):
