@@ -64,6 +64,8 @@ class Ingredient:
         weight: the user's strength.
         role: the user's label of its frequency class.
         category: what it draws.
+        frequency: the measured high-frequency share that ordered it, 0 to 1, if there was one.
+        window: the measured part of the run in which it acts, as fractions.
 
     Raises:
         CmloraError: if a value has the wrong type or is impossible.
@@ -75,6 +77,8 @@ class Ingredient:
     weight: float = 1.0
     role: Role | None = None
     category: str | None = None
+    frequency: float | None = None
+    window: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         where = f"LoRA {self.name!r} of the recipe"
@@ -89,6 +93,13 @@ class Ingredient:
         checks.choice(where, "role", self.role, (None, "high", "low"))
         if self.category is not None:
             checks.text(where, "category", self.category)
+        if self.frequency is not None:
+            object.__setattr__(self, "frequency", checks.real(where, "frequency", self.frequency))
+        if self.window is not None:
+            if not isinstance(self.window, (tuple, list)) or len(self.window) != 2:
+                raise CmloraError(f"{where}: window is {self.window!r}, not (start, end)")
+            edges = tuple(checks.real(where, "window", edge) for edge in self.window)
+            object.__setattr__(self, "window", edges)
 
 
 @dataclass(frozen=True)
@@ -224,8 +235,8 @@ class Recipe:
             return None
         if not isinstance(self.cut, (tuple, list)) or len(self.cut) != 2:
             raise CmloraError(f"recipe: cut is {self.cut!r}, not (layer, block)")
-        for number in self.cut:
-            checks.whole("recipe", "cut", number, 0, 1000)
+        for number, least in zip(self.cut, (0, -1), strict=True):
+            checks.whole("recipe", "cut", number, least, 1000)
         return (self.cut[0], self.cut[1])
 
 

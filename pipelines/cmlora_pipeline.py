@@ -8,7 +8,7 @@ import torch
 
 from cmlora.engine import Report
 from cmlora.pipelines.ensemble import Ensemble, Loaded
-from cmlora.pipelines.models import open_pipeline
+from cmlora.pipelines.models import open_pipeline, read_device, read_dtype
 
 
 class CMLoRAPipeline:
@@ -50,12 +50,14 @@ class CMLoRAPipeline:
             **kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``.
 
         Raises:
-            CmloraError: if the model is missing, broken, not in safetensors, or out of reach.
+            CmloraError: if the model is missing, broken, not in safetensors, or out of reach; or if
+                the dtype or device does not exist.
         """
-        if dtype is not None:
-            kwargs["dtype"] = dtype
+        place, precision = read_device(device), read_dtype(dtype)
+        if precision is not None:
+            kwargs["dtype"] = precision
         pipe = open_pipeline(name_or_path, **kwargs)
-        return cls(pipe if device is None else pipe.to(device), source=name_or_path)
+        return cls(pipe if place is None else pipe.to(place), source=name_or_path)
 
     def __getattr__(self, name: str) -> Any:
         if name == "pipe":  # asked for before __init__ ran, by copy or pickle

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from cmlora.container import replacing
+from cmlora.atomic import replacing
 from cmlora.errors import CmloraError
 from cmlora.pipelines.ensemble import Ensemble
 from cmlora.pipelines.models import EMBEDDED

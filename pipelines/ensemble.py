@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from cmlora.compose import TextEncoder, compose
 from cmlora.engine import Report
 from cmlora.errors import CmloraError
 from cmlora.files import Applied, load
-from cmlora.frequency.profile import Profile, read_card
+from cmlora.frequency.card import Profile, card_path, read_card
+from cmlora.frequency.profile import base_id
 from cmlora.pipelines import library
-from cmlora.plan import Policy, Role
+from cmlora.pipelines.models import fingerprint
+from cmlora.plan import Member, Policy, Role
+from cmlora.recipe import image_seed
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,17 @@ class Ensemble:
         self.loras: dict[str, Loaded] = {}
         self.report: Report | None = None
 
+    @cached_property
+    def _base_id(self) -> str:
+        return base_id(self.pipe)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the model's files; see `cmlora.pipelines.models.fingerprint`."""
+        if self.source is None:
+            raise CmloraError("this pipeline was not loaded by name, so its files are not known")
+        return fingerprint(self.source)
+
     def load(
         self,
         path: str | Path,
@@ -82,7 +97,8 @@ class Ensemble:
             raise CmloraError(f"adapter {name!r} is loaded already; choose another adapter_name")
         _check_weight(name, weight)
         applied = load(self.pipe, file, name, strict=strict)
-        self.loras[name] = Loaded(file, applied, weight, role, read_card(file))
+        profile = read_card(file, self._base_id) if card_path(file).exists() else None
+        self.loras[name] = Loaded(file, applied, weight, role, profile)
         return name
 
     def weights(
@@ -113,6 +129,24 @@ class Ensemble:
             _check_weight(name, weight)
         return dict(lora_weights)
 
+    def members(self, weights: Mapping[str, float]) -> tuple[Member, ...]:
+        """The LoRAs of a call as strategies see them, with what is known about their frequency."""
+        found = []
+        for name, weight in weights.items():
+            lora = self.loras[name]
+            member = Member(
+                name,
+                weight,
+                role=lora.role,
+                category=lora.applied.category,
+                triggers=lora.applied.triggers,
+            )
+            if lora.profile is not None and math.isfinite(lora.profile.frequency):
+                measured = lora.profile.frequency, lora.profile.window
+                member = replace(member, frequency=measured[0], window=measured[1])
+            found.append(member)
+        return tuple(found)
+
     def run(
         self,
         call: Callable[..., Any],
@@ -120,6 +154,7 @@ class Ensemble:
         *args: Any,
         composition: str = "cmlora",
         lora_weights: Mapping[str, float] | Sequence[float] | None = None,
+        members: Sequence[Member] | None = None,
         cache: str | Policy | None = None,
         cut: Cut | None = None,
         text_encoder: TextEncoder = "all",
@@ -135,13 +170,15 @@ class Ensemble:
             *args: further positional arguments of the pipeline.
             composition: a name from `cmlora.strategies.METHODS`.
             lora_weights: see `weights`.
+            members: the same LoRAs described otherwise than by `members`.
             cache: a cache policy such as ``none``, ``uniform:3``, ``nonuniform``; by default
                 ``nonuniform`` for cmlora on a UNet and ``none`` otherwise.
             cut: where the cache cuts the UNet; the family's default if not given.
             text_encoder: whether the LoRAs' text encoder parts are used, ``all`` or ``none``.
             composition_options: the method's own options.
-            seed: of the first picture; picture i of the call starts from ``seed + i``. Or one
-                seed per picture. A picture depends on its own seed only.
+            seed: of the call; picture i starts from `cmlora.recipe.image_seed(seed, i)`, the first
+                one from the seed itself. Or one seed per picture. A picture depends on its own
+                seed only.
             **kwargs: for the pipeline's call.
 
         Returns:
@@ -155,15 +192,13 @@ class Ensemble:
             if kwargs.get("generator") is not None:
                 raise CmloraError("give either seed or generator, not both")
             kwargs["generator"] = _generators(seed, _pictures(prompt, kwargs))
-        used = {name: self.loras[name] for name in weights}
         with compose(
             self.pipe,
             weights,
             method=composition,
             cache=default_cache(composition, self.pipe) if cache is None else cache,
             cut=cut,
-            roles={name: lora.role for name, lora in used.items() if lora.role is not None},
-            profiles={n: lora.profile for n, lora in used.items() if lora.profile is not None},
+            members=self.members(weights) if members is None else members,
             text_encoder=text_encoder,
             **composition_options or {},
         ) as active:
@@ -194,7 +229,7 @@ def _pictures(prompt: Any, kwargs: Mapping[str, Any]) -> int:
 
 def _generators(seed: int | Sequence[int], pictures: int) -> list[torch.Generator]:
     """One CPU generator per picture, so that a picture is the same alone and in a batch."""
-    seeds = [seed + i for i in range(pictures)] if isinstance(seed, int) else list(seed)
+    seeds = [image_seed(seed, i) for i in range(pictures)] if isinstance(seed, int) else list(seed)
     if len(seeds) != pictures:
         raise CmloraError(f"{len(seeds)} seeds for {pictures} pictures")
     return [torch.Generator("cpu").manual_seed(each) for each in seeds]

@@ -1,9 +1,12 @@
 """From a model's name or path to a diffusers pipeline, with an answer when it is not there."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
-from cmlora.container import header
+import torch
+
+from cmlora.container import header, sha256
 from cmlora.errors import CmloraError
 
 EMBEDDED = "emoji"
@@ -65,6 +68,68 @@ def open_pipeline(name_or_path: str | Path, **kwargs: Any) -> Any:
         raise
     except Exception as failure:  # diffusers, safetensors and the hub each have their own
         raise CmloraError(_explain(where, failure)) from failure
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder or file of a model, fetched from the hub first if it is a hub id.
+
+    Raises:
+        CmloraError: see `open_pipeline`.
+    """
+    from diffusers import DiffusionPipeline
+
+    where = locate(name_or_path)
+    if isinstance(where, Path):
+        return where
+    try:
+        return Path(DiffusionPipeline.download(where, use_safetensors=True))
+    except Exception as failure:  # the hub has many
+        raise CmloraError(_explain(where, failure)) from failure
+
+
+def fingerprint(name_or_path: str | Path) -> str:
+    """SHA-256 over a model's weights, configurations and vocabularies.
+
+    Raises:
+        CmloraError: see `resolve`.
+    """
+    where = resolve(name_or_path)
+    if where.is_file():
+        return sha256(where)
+    parts = sorted(p for p in where.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
+    listing = "\n".join(f"{sha256(path)} {path.relative_to(where).as_posix()}" for path in parts)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def read_dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype by its name in torch.
+
+    Raises:
+        CmloraError: if there is none of that name.
+    """
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise CmloraError(f"dtype {name!r}: expected float32, float16 or bfloat16")
+    return found
+
+
+def read_device(name: str | torch.device | None) -> torch.device | None:
+    """A device that is here, by its name in torch.
+
+    Raises:
+        CmloraError: if torch does not know it, or this machine does not have it.
+    """
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise CmloraError(f"device {str(name)!r} cannot be used here ({reason})") from None
+    return device
 
 
 def _embedded() -> Path:

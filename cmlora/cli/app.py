@@ -1,8 +1,10 @@
 """The command `cmlora`: the table of its sub-commands, and what happens when one fails."""
 
+import warnings
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from cmlora import __version__
@@ -26,7 +28,11 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("once", UserWarning)
+                warnings.showwarning = _show  # one line instead of a place in the source
+                return super().invoke(ctx)
         except CmloraError as mistake:
             err.print(f"[red]error:[/red] {escape_one_line(str(mistake))}", soft_wrap=True)
             raise typer.Exit(MISTAKE) from None
@@ -35,10 +41,12 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
 
 
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    err.print(f"[yellow]warning:[/yellow] {escape_one_line(str(message))}", soft_wrap=True)
+
+
 def escape_one_line(message: str) -> str:
     """The message on one line, with square brackets that are not markup."""
-    from rich.markup import escape
-
     return escape(" ".join(message.split()))
 
 

@@ -4,8 +4,10 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast, get_args
 
 from cmlora.errors import CmloraError
+from cmlora.plan import Role
 
 MANY = 10_000
 """More seeds than this in one command are taken for a slip of the keyboard."""
@@ -36,10 +38,19 @@ def seeds(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def names(text: str) -> tuple[str, ...]:
-    """A comma-separated list; a comma before a digit belongs to the name (a policy's numbers).
+def listed(text: str) -> tuple[str, ...]:
+    """A comma-separated list.
 
-    >>> names("merge,cmlora@nonuniform:2,3,switch")
+    >>> listed("character_1:0.8, ink")
+    ('character_1:0.8', 'ink')
+    """
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def variants(text: str) -> tuple[str, ...]:
+    """A comma-separated list of methods; a comma before a digit belongs to a policy's numbers.
+
+    >>> variants("merge,cmlora@nonuniform:2,3,switch")
     ('merge', 'cmlora@nonuniform:2,3', 'switch')
     """
     return tuple(part.strip() for part in re.split(r",(?!\s*[\d.])", text) if part.strip())
@@ -110,3 +121,29 @@ def cut(text: str) -> tuple[int, int] | None:
     if match is None:
         raise CmloraError(f"--cut {text!r}: expected LAYER,BLOCK such as 0,1")
     return int(match[1]), int(match[2])
+
+
+def roles(texts: Sequence[str]) -> dict[str, Role]:
+    """LoRA names with their frequency class.
+
+    >>> roles(["ink=high"])
+    {'ink': 'high'}
+    """
+    found: dict[str, Role] = {}
+    for name, value in pairs("--role", texts).items():
+        if value not in get_args(Role):
+            raise CmloraError(f"--role {name}={value}: a class is high or low")
+        found[name] = cast(Role, value)
+    return found
+
+
+def prompt_of(pipe: Any) -> str:
+    """The trigger words of all LoRAs in a pipeline, in the order they were loaded.
+
+    Raises:
+        CmloraError: if none of their files names any.
+    """
+    triggers = [word for lora in pipe.loras.values() for word in lora.applied.triggers[:1]]
+    if not triggers:
+        raise CmloraError("no --prompt, and the LoRA files name no trigger words; say what to draw")
+    return ", ".join(triggers)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
-from cmlora.cli import arguments
+from cmlora.cli import arguments, options
 from cmlora.cli.console import emit, out, status
 from cmlora.errors import CmloraError
 
@@ -18,18 +18,14 @@ def cost(
         str, typer.Option(help="sd15, sdxl, emoji, a diffusers folder, or a hub id.")
     ] = "sd15",
     loras: Annotated[int, typer.Option(help="How many LoRAs.")] = 5,
-    methods: Annotated[
-        str, typer.Option(help="METHOD or METHOD@CACHE, separated by commas; all if empty.")
-    ] = "",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
-    size: Annotated[str, typer.Option(help="Pixels, or WIDTHxHEIGHT; the model's if empty.")] = "",
+    methods: options.Methods = "",
+    steps: options.Steps = 30,
+    size: options.Size = "",
     guided: Annotated[
         bool, typer.Option("--guided/--no-guided", help="With classifier-free guidance.")
     ] = True,
-    cut: Annotated[
-        str, typer.Option(help="Where the cache cuts: LAYER,BLOCK; the model's default if empty.")
-    ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    cut: options.Cut = "",
+    as_json: options.AsJson = False,
 ) -> None:
     """Count multiply-accumulates per method, attention included; no weights are loaded.
 
@@ -41,7 +37,7 @@ def cost(
         result = estimate(
             model,
             loras=loras,
-            words=arguments.names(methods),
+            words=arguments.variants(methods),
             steps=steps,
             size=arguments.size(size) if size else None,
             batch=2 if guided else 1,
@@ -52,7 +48,7 @@ def cost(
         return
     width, height = result["size"]
     table = Table(
-        "method",
+        Column("method", no_wrap=True),
         *("full passes", "light passes", "GMACs per step", "of one full pass"),
         title=f"{loras} LoRAs, {steps} steps, {model} at {width}x{height}",
         caption=f"full pass {result['full'] / 1e9:.4g} GMACs, light {result['light'] / 1e9:.4g}",
@@ -91,8 +87,8 @@ def estimate(
     members = [Member(f"lora{i + 1}") for i in range(loras)]
     rows = []
     for variant in read(words or USUAL):
-        options = {"coefficients": (1.0,) * loras} if variant.method == "lorahub" else {}
-        plans = schedule(variant.method, members, steps, parse(variant.cache), **options)
+        found = {"coefficients": (1.0,) * loras} if variant.method == "lorahub" else {}
+        plans = schedule(variant.method, members, steps, parse(variant.cache), **found)
         run = plan_cost(plans, one.full, one.light if parse(variant.cache).reuse else None)
         counted = {"full": sum(run.full.values()), "light": sum(run.light.values())}
         rows.append({"label": variant.label, **counted, "macs_per_step": run.per_step})

@@ -4,13 +4,13 @@ import os
 import platform
 import sys
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from cmlora import __version__
 from cmlora.cli.console import emit, out
+from cmlora.cli.options import AsJson
 
 LIBRARIES = (
     "torch",
@@ -29,7 +29,7 @@ LIBRARIES = (
 
 
 def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show versions, devices and whether the embedded model is there.
 

@@ -7,11 +7,12 @@ import typer
 from rich.table import Table
 
 from cmlora.cli.console import emit, out
+from cmlora.cli.options import AsJson
 
 
 def inspect(
     files: Annotated[list[str], typer.Argument(help="LoRA files, or ids of embedded LoRAs.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what LoRA files are: trainer, base, rank, triggers, hashes. Nothing is executed.
 

@@ -1,16 +1,16 @@
 """`cmlora methods`: the composition methods and cache policies there are, with their options."""
 
 import inspect
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from cmlora.cli.console import emit, out
+from cmlora.cli.options import AsJson
 
 
 def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List composition methods and cache policies, with their options and sources.
 

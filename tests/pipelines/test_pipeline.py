@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from cmlora.errors import CmloraError
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
+from cmlora.recipe import image_seed
 
 CALL: dict[str, Any] = {
     "num_inference_steps": 4,
@@ -57,7 +58,7 @@ def test_one_merged_lora_is_what_diffusers_makes_of_it(
 def test_a_picture_depends_on_its_own_seed_only(loaded: CMLoRAPipeline, method: str) -> None:
     both = loaded("a cat", composition=method, seed=5, num_images_per_prompt=2, **CALL).images
     for index in range(2):
-        alone = loaded("a cat", composition=method, seed=5 + index, **CALL).images[0]
+        alone = loaded("a cat", composition=method, seed=image_seed(5, index), **CALL).images[0]
         np.testing.assert_allclose(both[index], alone, atol=1e-5)
     assert np.abs(both[0] - both[1]).max() > 1e-3
 

@@ -1,0 +1,132 @@
+"""`cmlora generate`: a picture, or the same picture again from its file."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cmlora.cli import arguments, options
+from cmlora.cli.console import emit, err, out, progress, quiet_libraries, status
+from cmlora.errors import CmloraError
+
+
+def generate(
+    prompt: options.Prompt = "",
+    model: options.Model = "emoji",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="PATH_OR_ID or PATH_OR_ID:WEIGHT; again for each LoRA."),
+    ] = None,
+    lora_dir: options.LoRAFolder = None,
+    role: Annotated[
+        list[str] | None, typer.Option(help="NAME=high or NAME=low: a LoRA's frequency class.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="See `cmlora methods`.")] = "cmlora",
+    option: options.Settings = None,
+    cache: Annotated[
+        str, typer.Option(help="Cache policy, such as none or uniform:3; the method's if empty.")
+    ] = "",
+    cut: options.Cut = "",
+    text_encoder: Annotated[
+        str, typer.Option(help="LoRAs in the text encoder: all or none.")
+    ] = "all",
+    negative_prompt: options.NegativePrompt = "",
+    steps: options.Steps = 30,
+    guidance: options.Guidance = None,
+    size: options.Size = "",
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    device: options.Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    destination: Annotated[
+        Path, typer.Option("--out", help="The PNG to write; its recipe is inside.")
+    ] = Path("cmlora.png"),
+    recipe: Annotated[
+        Path | None, typer.Option(help="A PNG made before: make exactly that picture again.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make one picture with several LoRAs, or replay the recipe inside a picture.
+
+    Example: [bold]cmlora generate --lora character_1 --lora object_1:0.8 --out a.png[/bold]
+
+    Again: [bold]cmlora generate --recipe a.png --out b.png[/bold]
+    """
+    _check_destination(destination)
+    loras = [arguments.weighted(text) for text in lora or ()]
+    roles = arguments.roles(role or ())
+    wished: dict[str, Any] = {
+        "method": method,
+        "options": arguments.pairs("--option", option or ()),
+        "cache": cache or None,
+        "cut": arguments.cut(cut),
+        "text_encoder": text_encoder,
+        "negative_prompt": negative_prompt,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "size": arguments.size(size) if size else None,
+        "seed": seed,
+    }
+
+    from cmlora.pipelines.models import EMBEDDED
+    from cmlora.pipelines.render import Wish, assemble, render, restore, write_recipe
+    from cmlora.recipe import from_png, save_png
+
+    quiet_libraries()
+    if recipe is not None:
+        exact = from_png(recipe)
+        with status("loading"):
+            place = None if model == EMBEDDED else model
+            pipe = restore(exact, model=place, folder=lora_dir, device=device)
+    else:
+        with status("loading"):
+            pipe = assemble(model, loras, folder=lora_dir, roles=roles, dtype=dtype, device=device)
+        wish = Wish(prompt or arguments.prompt_of(pipe), **wished)
+        exact = write_recipe(pipe, with_coefficients(pipe, wish))
+    with progress(exact.method, exact.steps) as bar:
+        made = render(pipe, exact, on_step=lambda: bar.advance(bar.task_ids[0]))
+    save_png(made.image, destination, exact)
+    if as_json:
+        emit({"file": str(destination), "report": made.report.to_dict(), **_recipe(exact)})
+    else:
+        full, light = sum(made.report.full.values()), sum(made.report.light.values())
+        out.print(f"{destination}", soft_wrap=True)
+        err.print(
+            f"{exact.method}: {full} full and {light} light passes, {made.report.seconds:.1f} s"
+        )
+
+
+def with_coefficients(pipe: Any, wish: Any) -> Any:
+    """The wish with LoraHub's coefficients looked for, if that is the method and none are given."""
+    from dataclasses import replace
+
+    from cmlora.pipelines.coefficients import Previews, coefficients
+    from cmlora.pipelines.render import write_recipe
+
+    if wish.method != "lorahub" or "coefficients" in (wish.options or {}):
+        return wish
+    base = write_recipe(pipe, wish)
+    with progress("looking for coefficients", Previews().budget) as bar:
+        found = coefficients(
+            pipe.ensemble,
+            base.prompt,
+            pipe.ensemble.weights(),
+            on_evaluation=lambda: bar.advance(bar.task_ids[0]),
+            guidance_scale=base.guidance_scale,
+            width=base.width,
+            height=base.height,
+        )
+    return replace(wish, options={**(wish.options or {}), "coefficients": found})
+
+
+def _recipe(recipe: Any) -> dict[str, Any]:
+    import json
+
+    return {"recipe": json.loads(recipe.to_json())}
+
+
+def _check_destination(path: Path) -> None:
+    """Refuse before the work what cannot be written after it."""
+    if path.suffix.lower() != ".png":
+        raise CmloraError(f"--out {path}: pictures are written as .png")
+    if not path.parent.is_dir():
+        raise CmloraError(f"--out {path}: there is no folder {path.parent}")

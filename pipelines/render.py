@@ -1,0 +1,268 @@
+"""From a recipe to its picture: write down everything a picture depends on, and carry it out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cmlora.caching.policy import parse
+from cmlora.caching.unet import Cut
+from cmlora.container import sha256
+from cmlora.engine import Report
+from cmlora.errors import CmloraError
+from cmlora.pipelines import library
+from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
+from cmlora.pipelines.ensemble import default_cache
+from cmlora.pipelines.models import EMBEDDED, fingerprint, resolve
+from cmlora.plan import Role
+from cmlora.recipe import Ingredient, Recipe, current_versions
+from cmlora.strategies import METHODS, check_options
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks for; what is left out is filled in from the model.
+
+    Args:
+        prompt: what to draw.
+        method: a name from `cmlora.strategies.METHODS`.
+        options: the method's own options, as values or texts.
+        cache: text of a cache policy; ``None`` is the method's own.
+        cut: layer and block where the cache cuts; ``None`` is the model's default.
+        text_encoder: ``all`` or ``none``.
+        negative_prompt: what to avoid.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance; ``None`` is 7.5, or 4 for the embedded model.
+        size: width and height in pixels; ``None`` is the model's.
+        seed: of the initial noise.
+    """
+
+    prompt: str
+    method: str = "cmlora"
+    options: Mapping[str, Any] | None = None
+    cache: str | None = None
+    cut: tuple[int, int] | None = None
+    text_encoder: str = "all"
+    negative_prompt: str = ""
+    steps: int = 30
+    guidance_scale: float | None = None
+    size: tuple[int, int] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A picture, how it was made, and what making it took."""
+
+    image: Image.Image
+    recipe: Recipe
+    report: Report
+
+
+def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
+    """Everything that determines the picture, before it is rendered.
+
+    Args:
+        pipe: the model, with the LoRAs that take part loaded.
+        wish: what is asked for.
+
+    Raises:
+        CmloraError: for a wish that cannot be fulfilled.
+    """
+    if not wish.prompt.strip():
+        raise CmloraError("there is no prompt; say what to draw")
+    METHODS[wish.method]
+    cache = default_cache(wish.method, pipe.pipe) if wish.cache is None else wish.cache
+    width, height = _size(pipe, wish)
+    members = pipe.ensemble.members(pipe.ensemble.weights())
+    guidance = native_guidance(pipe) if wish.guidance_scale is None else wish.guidance_scale
+    return Recipe(
+        model=str(pipe.ensemble.source),
+        model_hash=pipe.ensemble.fingerprint,
+        loras=tuple(
+            Ingredient(
+                name=member.name,
+                file=lora.path.name,
+                sha256=lora.applied.sha256,
+                weight=member.weight,
+                role=member.role,
+                category=lora.applied.category,
+                frequency=member.frequency,
+                window=member.window,
+            )
+            for member in sorted(members, key=lambda member: member.name)
+            for lora in [pipe.loras[member.name]]
+        ),
+        method=wish.method,
+        options=check_options(wish.method, wish.options or {}),
+        cache=parse(cache).name,
+        cut=wish.cut,
+        text_encoder=wish.text_encoder,
+        prompt=wish.prompt,
+        negative_prompt=wish.negative_prompt,
+        steps=wish.steps,
+        guidance_scale=guidance,
+        width=width,
+        height=height,
+        seed=wish.seed,
+        scheduler=type(pipe.scheduler).__name__,
+        scheduler_config=_public(pipe.scheduler.config),
+        dtype=str(pipe.dtype).removeprefix("torch."),
+        versions=current_versions(),
+    )
+
+
+def render(
+    pipe: CMLoRAPipeline, recipe: Recipe, *, on_step: Callable[[], None] = lambda: None
+) -> Rendered:
+    """Carry a recipe out in a pipeline that has its LoRAs.
+
+    The picture is made alone, from its own seed: no other picture has a part in its bits.
+
+    Args:
+        pipe: see `restore`.
+        recipe: what to make.
+        on_step: called after every denoising step.
+
+    Raises:
+        CmloraError: if the engine refuses it.
+    """
+
+    weights = {lora.name: lora.weight for lora in recipe.loras}
+    known = {member.name: member for member in pipe.ensemble.members(weights)}
+    members = [
+        replace(known[lora.name], role=lora.role, frequency=lora.frequency, window=lora.window)
+        for lora in recipe.loras
+    ]
+
+    def stepped(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return values
+
+    output = pipe(
+        recipe.prompt,
+        negative_prompt=recipe.negative_prompt or None,
+        composition=recipe.method,
+        lora_weights=weights,
+        members=members,
+        cache=recipe.cache,
+        cut=None if recipe.cut is None else Cut(*recipe.cut),
+        text_encoder=recipe.text_encoder,
+        composition_options=recipe.options,
+        seed=[recipe.image_seed()],
+        num_inference_steps=recipe.steps,
+        guidance_scale=recipe.guidance_scale,
+        width=recipe.width,
+        height=recipe.height,
+        callback_on_step_end=stepped,
+        output_type="pil",
+    )
+    return Rendered(output.images[0], recipe, output.report)
+
+
+def assemble(
+    model: str | Path,
+    loras: Sequence[tuple[str | Path, float]],
+    *,
+    folder: str | Path | None = None,
+    roles: Mapping[str, Role] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> CMLoRAPipeline:
+    """A model with LoRAs loaded, all by name or path.
+
+    Args:
+        model: see `cmlora.pipelines.models.locate`.
+        loras: name or path, and strength, of each LoRA.
+        folder: where LoRA names are looked up.
+        roles: ``high`` or ``low`` by the name a LoRA gets in the pipeline.
+        dtype: of the weights.
+        device: where to compute.
+
+    Raises:
+        CmloraError: for anything that is missing or does not fit. LoRA files are looked for before
+            the model is loaded, so that a wrong name costs no time.
+    """
+    where = resolve(model)
+    files = [library.find(reference, model=model, folder=folder) for reference, _ in loras]
+    names: list[str] = []
+    for file in files:
+        names.append(library.adapter_name(file, names))
+    for name in roles or {}:
+        if name not in names:
+            raise CmloraError(f"role for {name!r}: the LoRAs are {', '.join(names) or 'none'}")
+    pipe = CMLoRAPipeline.from_pretrained(where, dtype=dtype, device=device)
+    pipe.ensemble.source = model
+    pipe.set_progress_bar_config(disable=True)
+    for name, file, (_, weight) in zip(names, files, loras, strict=True):
+        pipe.load_lora_weights(file, name, weight=weight, role=(roles or {}).get(name))
+    return pipe
+
+
+def restore(
+    recipe: Recipe,
+    *,
+    model: str | Path | None = None,
+    folder: str | Path | None = None,
+    device: str | None = None,
+) -> CMLoRAPipeline:
+    """The model and LoRAs of a recipe, checked by their hashes, and its scheduler.
+
+    Args:
+        recipe: what is to be made again.
+        model: where the model is now, if it moved.
+        folder: where the LoRA files are now; not needed for embedded ones.
+        device: where to compute.
+
+    Raises:
+        CmloraError: if the model or a LoRA is missing or is not the one of the recipe.
+    """
+    import diffusers
+
+    place = model or recipe.model
+    if recipe.model_hash != fingerprint(place):
+        raise CmloraError(f"model {place} is not the one of the recipe: its hash differs")
+    found = {sha256(path): path for path in library.ids(place, folder).values()}
+    pipe = assemble(place, (), dtype=recipe.dtype, device=device)
+    for lora in recipe.loras:
+        if lora.sha256 not in found:
+            raise CmloraError(
+                f"LoRA {lora.file} (sha256 {lora.sha256[:12]}..) is not among the embedded ones"
+                f"{' or' if folder else ';'} {f'in {folder}' if folder else 'name its folder'}"
+            )
+        pipe.load_lora_weights(found[lora.sha256], lora.name, weight=lora.weight, role=lora.role)
+    kind: Any = getattr(diffusers, recipe.scheduler, None)
+    schedulers = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if not schedulers:
+        raise CmloraError(f"diffusers has no scheduler {recipe.scheduler!r}")
+    pipe.pipe.scheduler = kind.from_config(dict(recipe.scheduler_config))
+    return pipe
+
+
+def _size(pipe: CMLoRAPipeline, wish: Wish) -> tuple[int, int]:
+    """The picture's width and height, refused if the model cannot make it."""
+    size = wish.size or native_size(pipe.pipe)
+    unit = max(8, pipe.vae_scale_factor)
+    if min(size) < unit or any(side % unit for side in size):
+        raise CmloraError(f"size {size[0]}x{size[1]}: both must be positive multiples of {unit}")
+    return size
+
+
+def native_guidance(pipe: CMLoRAPipeline) -> float:
+    """The guidance scale a model is used with unless told otherwise."""
+    return 4.0 if str(pipe.ensemble.source) == EMBEDDED else 7.5
+
+
+def native_size(pipe: Any) -> tuple[int, int]:
+    """Width and height in pixels that a model was made for."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    side = denoiser.config.sample_size
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration without diffusers' private entries."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
