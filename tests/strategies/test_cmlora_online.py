@@ -160,6 +160,10 @@ def test_unknown_loras_are_measured_against_the_base_model() -> None:
     # x alone is smooth: from the refresh after the first probe on it is low, and dominant late
     names = [dominant(plan) for plan in plans]
     assert "x" not in names[2:18]
+    # what a probe finds changes nothing before the next refresh
+    refreshes = parse("nonuniform").refreshes(30)
+    assert names[0] == "x"
+    assert all(names[i] == names[i - 1] for i in range(1, 30) if i not in refreshes)
     assert set(names[20:]) == {"x"}
 
 
