@@ -57,6 +57,10 @@ class PassCost:
         """Light over full."""
         return self.light / self.full
 
+    def of(self, full: Mapping[str, int], light: Mapping[str, int]) -> int:
+        """Multiply-accumulates of the calls counted by pass key."""
+        return sum(full.values()) * self.full + sum(light.values()) * self.light
+
 
 @dataclass(frozen=True)
 class RunCost:

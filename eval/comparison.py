@@ -10,15 +10,13 @@ from typing import Any
 from PIL import Image
 
 from cmlora.atomic import replacing
-from cmlora.caching.unet import Cut
-from cmlora.cost import PassCost, pass_macs, shapes
 from cmlora.errors import CmloraError
 from cmlora.eval.grid import Row, grid
 from cmlora.eval.variants import Variant
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.coefficients import Score, coefficients
-from cmlora.pipelines.render import Wish, render, write_recipe
-from cmlora.recipe import Recipe, save_png
+from cmlora.pipelines.render import Wish, pass_cost, render, write_recipe
+from cmlora.recipe import save_png
 from cmlora.strategies import METHODS
 from cmlora.strategies.options import defaults
 
@@ -112,7 +110,7 @@ class Comparison:
         self.judge, self.score = judge, score
         self._check_options()
         self.base = write_recipe(pipe, replace(wish, method="naive", options={}))
-        self.cost = _pass_cost(pipe, self.base)
+        self.cost = pass_cost(pipe, self.base)
         self._lines: dict[Variant, Line] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,13 +146,13 @@ class Comparison:
         save_png(made.image, self.folder / file, recipe)
         shot = Shot(wish.seed, file, made.report.seconds)
         before = self._lines.get(variant)
-        full, light = sum(made.report.full.values()), sum(made.report.light.values())
+        full, light = made.report.full, made.report.light
         self._lines[variant] = Line(
             variant,
             (*(before.shots if before else ()), shot),
-            full,
-            light,
-            _per_step(self.cost, full, light, recipe.steps),
+            sum(full.values()),
+            sum(light.values()),
+            None if self.cost is None else self.cost.of(full, light) / recipe.steps,
             recipe.options,
         )
         self.save()
@@ -247,23 +245,3 @@ def notes(line: Line) -> tuple[str, ...]:
         share = fmean(found["instance"] for found in concepts.values())
         said.append(f"{share:.0%} of concepts")
     return tuple(said)
-
-
-def _pass_cost(pipe: CMLoRAPipeline, recipe: Recipe) -> PassCost | None:
-    """Cost of a pass, both guidance branches; ``None`` for a denoiser that cannot be counted."""
-    unet: Any = getattr(pipe.pipe, "unet", None)
-    if type(unet).__name__ != "UNet2DConditionModel":
-        return None
-    sample, encoder = shapes(
-        unet.config,
-        recipe.height,
-        recipe.width,
-        batch=2 if recipe.guidance_scale > 1 else 1,
-        scale=pipe.vae_scale_factor,
-        tokens=pipe.tokenizer.model_max_length,
-    )
-    return pass_macs(unet, sample, encoder, cut=None if recipe.cut is None else Cut(*recipe.cut))
-
-
-def _per_step(cost: PassCost | None, full: int, light: int, steps: int) -> float | None:
-    return None if cost is None else (full * cost.full + light * cost.light) / steps

@@ -1,14 +1,17 @@
 """Scores that only the embedded world has: which concepts are really in a picture."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
 
 from cmlora.emoji import clip, truth
 from cmlora.emoji.probe import Probe, load
-from cmlora.emoji.world import BY_CONCEPT
+from cmlora.emoji.world import BY_CONCEPT, ELEMENTS, Category, Element
 
 
 def judge(pictures: Sequence[Image.Image], prompt: str, loras: Sequence[str]) -> dict[str, Any]:
@@ -21,44 +24,35 @@ def judge(pictures: Sequence[Image.Image], prompt: str, loras: Sequence[str]) ->
 
     Returns:
         ``concepts``: per id the share of pictures with that very instance and with its class;
-        ``instances`` and ``classes``: the means over the ids; ``fidelity``; ``clip_score``.
+        ``instances`` and ``classes``: the means over the ids; ``fidelity``; ``clip_score``, unless
+        open_clip is missing.
     """
     ids = [name for name in loras if name in BY_CONCEPT]
-    seen = _probe().detect(pictures)
-    concepts = {}
-    for concept in ids:
-        wanted = BY_CONCEPT[concept]
-        found = [picture[wanted.category] for picture in seen]
-        concepts[concept] = {
-            "instance": sum(each == wanted.name for each in found) / len(found),
-            "class": sum(_kind(each) == wanted.kind for each in found) / len(found),
-        }
-    means = {
-        plural: sum(each[key] for each in concepts.values()) / len(concepts)
-        for plural, key in (("instances", "instance"), ("classes", "class"))
-        if concepts
-    }
-    marks = [float(mark) for mark in clip.score(pictures, [prompt] * len(pictures))]
+    scores: dict[str, Any] = {}
+    if ids:
+        seen = _probe().detect(pictures)
+        found = {concept: _shares(BY_CONCEPT[concept], seen) for concept in ids}
+        scores["concepts"] = found
+        scores["instances"] = fmean(shares["instance"] for shares in found.values())
+        scores["classes"] = fmean(shares["class"] for shares in found.values())
+        scores["fidelity"] = truth.fidelity(pictures, ids)
+    if find_spec("open_clip") is None:
+        warnings.warn("no CLIPScore: pip install 'cmlora[eval]'", stacklevel=2)
+    else:
+        scores["clip_score"] = fmean(clip.score(pictures, [prompt] * len(pictures)))
+    return scores
+
+
+def _shares(wanted: Element, seen: Sequence[Mapping[Category, str | None]]) -> dict[str, float]:
+    """How often a concept is in pictures: it itself, and anything of its class."""
+    found = [picture[wanted.category] for picture in seen]
+    kinds = {e.name: e.kind for e in ELEMENTS[wanted.category]}
     return {
-        "concepts": concepts,
-        **means,
-        "fidelity": float(truth.fidelity(pictures, ids)),
-        "clip_score": sum(marks) / len(marks),
+        "instance": fmean(name == wanted.name for name in found),
+        "class": fmean(name is not None and kinds[name] == wanted.kind for name in found),
     }
 
 
 @cache
 def _probe() -> Probe:
     return load()
-
-
-@cache
-def _kinds() -> dict[str, str]:
-    from cmlora.emoji.world import ELEMENTS
-
-    return {e.name: e.kind for group in ELEMENTS.values() for e in group}
-
-
-def _kind(instance: str | None) -> str | None:
-    """The class of an instance; ``None`` for nothing."""
-    return None if instance is None else _kinds().get(instance)

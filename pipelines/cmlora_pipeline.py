@@ -45,7 +45,7 @@ class CMLoRAPipeline:
         Args:
             name_or_path: ``emoji`` (the embedded model), a diffusers folder, one
                 ``.safetensors`` file of the Stable Diffusion family, or a hub id.
-            dtype: of the weights; diffusers' default if not given.
+            dtype: of the weights; float32 if not given.
             device: where to put it; the CPU if not given.
             **kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``.
 
@@ -54,9 +54,9 @@ class CMLoRAPipeline:
                 the dtype or device does not exist.
         """
         place, precision = read_device(device), read_dtype(dtype)
-        if precision is not None:
-            kwargs["dtype"] = precision
-        pipe = open_pipeline(name_or_path, **kwargs)
+        # said for every part: left alone, transformers takes the file's precision and diffusers
+        # does not, and a model saved in half precision comes up in two
+        pipe = open_pipeline(name_or_path, dtype=precision or torch.float32, **kwargs)
         return cls(pipe if place is None else pipe.to(place), source=name_or_path)
 
     def __getattr__(self, name: str) -> Any:

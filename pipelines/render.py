@@ -10,6 +10,7 @@ from PIL import Image
 from cmlora.caching.policy import parse
 from cmlora.caching.unet import Cut
 from cmlora.container import sha256
+from cmlora.cost import PassCost, pass_macs, shapes
 from cmlora.engine import Report
 from cmlora.errors import CmloraError
 from cmlora.pipelines import library
@@ -241,6 +242,22 @@ def restore(
     return pipe
 
 
+def pass_cost(pipe: CMLoRAPipeline, recipe: Recipe) -> PassCost | None:
+    """Cost of a pass, both guidance branches; ``None`` for a denoiser that cannot be counted."""
+    unet: Any = getattr(pipe.pipe, "unet", None)
+    if type(unet).__name__ != "UNet2DConditionModel":
+        return None
+    sample, encoder = shapes(
+        unet.config,
+        recipe.height,
+        recipe.width,
+        batch=2 if recipe.guidance_scale > 1 else 1,
+        scale=pipe.vae_scale_factor,
+        tokens=pipe.tokenizer.model_max_length,
+    )
+    return pass_macs(unet, sample, encoder, cut=None if recipe.cut is None else Cut(*recipe.cut))
+
+
 def _size(pipe: CMLoRAPipeline, wish: Wish) -> tuple[int, int]:
     """The picture's width and height, refused if the model cannot make it."""
     size = wish.size or native_size(pipe.pipe)
@@ -252,7 +269,11 @@ def _size(pipe: CMLoRAPipeline, wish: Wish) -> tuple[int, int]:
 
 def native_guidance(pipe: CMLoRAPipeline) -> float:
     """The guidance scale a model is used with unless told otherwise."""
-    return 4.0 if str(pipe.ensemble.source) == EMBEDDED else 7.5
+    if str(pipe.ensemble.source) == EMBEDDED:
+        from cmlora.emoji.weights import GUIDANCE
+
+        return GUIDANCE
+    return 7.5
 
 
 def native_size(pipe: Any) -> tuple[int, int]:

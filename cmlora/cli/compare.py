@@ -52,14 +52,20 @@ def compare(
     from cmlora.eval.comparison import Comparison
     from cmlora.eval.variants import USUAL, read
     from cmlora.pipelines.coefficients import Previews
+    from cmlora.pipelines.models import EMBEDDED
     from cmlora.pipelines.render import Wish, assemble
 
     variants = read(arguments.variants(methods) or USUAL)
+    if not methods and model != EMBEDDED:
+        variants = tuple(v for v in variants if v.method != "lorahub")
+        err.print("lorahub is left out: there is no score to look for its coefficients with")
     quiet_libraries()
     with status("loading"):
         pipe = assemble(model, chosen, folder=lora_dir, device=device)
         wish = Wish(prompt or arguments.prompt_of(pipe), **wished)
-        table = Comparison(pipe, wish, variants, columns, destination, judge=_judge(model))
+        table = Comparison(
+            pipe, wish, variants, columns, destination, judge=_judge(model == EMBEDDED)
+        )
     with progress("pictures", len(variants) * len(columns) * steps) as bar:
         search = bar.add_task("coefficients", total=Previews().budget, visible=False)
         for one in table.wishes(lambda: bar.update(search, advance=1, visible=True)):
@@ -74,11 +80,9 @@ def compare(
         err.print(f"{sheet}\n{destination / 'results.json'}", soft_wrap=True)
 
 
-def _judge(model: str) -> Any:
-    """Who scores the pictures of a model, if anybody can."""
-    from cmlora.pipelines.models import EMBEDDED
-
-    if model != EMBEDDED:
+def _judge(embedded: bool) -> Any:
+    """Who scores the pictures, if anybody can."""
+    if not embedded:
         return None
     from cmlora.eval.embedded import judge
 

@@ -68,7 +68,7 @@ def generate(
     }
 
     from cmlora.pipelines.models import EMBEDDED
-    from cmlora.pipelines.render import Wish, assemble, render, restore, write_recipe
+    from cmlora.pipelines.render import Wish, assemble, pass_cost, render, restore, write_recipe
     from cmlora.recipe import from_png, save_png
 
     quiet_libraries()
@@ -86,7 +86,10 @@ def generate(
         made = render(pipe, exact, on_step=lambda: bar.advance(bar.task_ids[0]))
     save_png(made.image, destination, exact)
     if as_json:
-        emit({"file": str(destination), "report": made.report.to_dict(), **_recipe(exact)})
+        cost = pass_cost(pipe, exact)
+        macs = None if cost is None else cost.of(made.report.full, made.report.light)
+        report = {**made.report.to_dict(), "macs": macs}
+        emit({"file": str(destination), "report": report, **_recipe(exact)})
     else:
         full, light = sum(made.report.full.values()), sum(made.report.light.values())
         out.print(f"{destination}", soft_wrap=True)

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from cmlora.errors import CmloraError
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.recipe import image_seed
+from tests import tiny
 
 CALL: dict[str, Any] = {
     "num_inference_steps": 4,
@@ -122,6 +123,14 @@ def test_unknown_method_and_option(loaded: CMLoRAPipeline) -> None:
         loaded("a cat", composition="compsite", **CALL)
     with pytest.raises(CmloraError, match="has no option 'tua'"):
         loaded("a cat", composition="switch", composition_options={"tua": 3}, **CALL)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_all_parts_have_one_precision(tmp_path: Path, dtype: str | None) -> None:
+    tiny.sd15().to(torch.float16).save_pretrained(tmp_path)
+    pipe = CMLoRAPipeline.from_pretrained(tmp_path, dtype=dtype)
+    parts = {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)}
+    assert parts == {torch.bfloat16 if dtype else torch.float32}
 
 
 def test_names_are_taken_once(pipe: CMLoRAPipeline, lora_folder: Path) -> None:
