@@ -95,7 +95,7 @@ def content(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise CmloraError(f"{path} is damaged: {error}; copy or download it again") from None
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         if not tensor.is_floating_point():
             if key.endswith(".alpha"):
                 continue
@@ -108,11 +108,20 @@ def content(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
 def save(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file; a reader sees the old file or the whole new one, never a part."""
+    """Writes a safetensors file; a reader sees the old file or the whole new one, never a part.
+
+    Equal content gives equal bytes, so that a file's hash says what is in it.
+    """
     plain = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
-    data: bytes = safetensors.torch.save(plain, dict(metadata))
+    data: bytes = safetensors.torch.save(plain)
+    # The library would write the metadata in an order of its own that differs from run to run.
+    end = 8 + int.from_bytes(data[:8], "little")
+    table = {"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8:end])}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     with replacing(path) as file:
-        file.write(data)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(data)[end:])
 
 
 def sha256(path: str | os.PathLike[str], start: int = 0) -> str:

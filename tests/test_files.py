@@ -137,6 +137,14 @@ def test_writing_and_reading_changes_no_bit(
     assert files.triggers(path) == tuple(triggers)
 
 
+def test_equal_loras_give_equal_files(tmp_path: Path, sample: LoRA) -> None:
+    names = [f"key {i}" for i in range(20)]
+    for attempt, order in enumerate((names, names[::-1])):
+        lora = LoRA("x", dict(sample.updates), {name: "v" for name in order})
+        files.write(lora, tmp_path / f"{attempt}.safetensors")
+    assert files.sha256(tmp_path / "0.safetensors") == files.sha256(tmp_path / "1.safetensors")
+
+
 def test_rank_stabilised_scale_of_a_diffusers_header(tmp_path: Path) -> None:
     tensors = {"unet.x.lora_A.weight": torch.ones(4, 3), "unet.x.lora_B.weight": torch.ones(3, 4)}
     header = {"unet.r": 4, "unet.lora_alpha": 6, "unet.use_rslora": True}

@@ -35,6 +35,8 @@ ingredients = st.builds(
     weight=finite,
     role=st.sampled_from([None, "high", "low"]),
     category=st.none() | text,
+    frequency=st.none() | finite,
+    window=st.none() | st.tuples(finite, finite),
 )
 recipes = st.builds(
     Recipe,
@@ -49,7 +51,7 @@ recipes = st.builds(
     loras=st.lists(ingredients, max_size=3, unique_by=lambda lora: lora.name),
     method=text.filter(bool),
     options=tables,
-    cut=st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    cut=st.none() | st.tuples(st.integers(0, 9), st.integers(-1, 9)),
     text_encoder=st.sampled_from(["all", "none", "per_lora"]),
     negative_prompt=text,
     guidance_scale=finite,
@@ -161,7 +163,8 @@ def test_numbers_that_are_equal_are_written_alike() -> None:
         ("options", {"a": object()}, "cannot be stored as JSON"),
         ("versions", {"torch": 2}, "versions.torch"),
         ("cut", (1,), "not (layer, block)"),
-        ("cut", (1, -1), "cut is -1"),
+        ("cut", (1, -2), "cut is -2"),
+        ("cut", (-1, 0), "cut is -1"),
         ("loras", "alice", "not a sequence of Ingredient"),
         ("loras", ("alice",), "not an Ingredient"),
         ("loras", (Ingredient("a"), Ingredient("a")), "two LoRAs are called 'a'"),
@@ -187,6 +190,9 @@ def test_wrong_values_are_named(simple: Recipe, name: str, value: Any, words: st
         ("weight", float("inf")),
         ("role", "middle"),
         ("category", 3),
+        ("frequency", "high"),
+        ("window", 0.5),
+        ("window", (0.0, float("nan"))),
     ],
 )
 def test_wrong_values_of_a_lora_are_named(name: str, value: Any) -> None:
