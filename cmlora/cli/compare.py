@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from cmlora.cli import arguments, options
 from cmlora.cli.console import emit, err, out, progress, quiet_libraries, status
 from cmlora.errors import CmloraError
+
+TITLES = {"instances": "found", "classes": "class", "clip_score": "CLIP"}
+"""Short column titles of scores."""
 
 
 def compare(
@@ -90,19 +94,22 @@ def _judge(embedded: bool) -> Any:
 
 
 def _table(comparison: Any) -> Table:
-    """The rows with costs relative to the first full pass, and the scores if there are any."""
-    names = sorted({name for line in comparison.lines for name in _numbers(line.scores)})
+    """Costs, and the scores if there are any, one row per method."""
+    names = list(dict.fromkeys(n for line in comparison.lines for n in _numbers(line.scores)))
+    titles = ["full", "light", "GMACs", "s", *(TITLES.get(name, name) for name in names)]
     table = Table(
         Column("method", no_wrap=True),
-        *("full", "light", "GMACs per step", "seconds"),
-        *names,
+        *(Column(title, justify="right", no_wrap=True) for title in titles),
         title=f"{len(comparison.seeds)} pictures per method, {comparison.wish.steps} steps",
-        caption="full and light passes and seconds are per picture",
+        caption="full and light passes and seconds per picture, GMACs per step",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for line in comparison.lines:
         macs = "-" if line.macs_per_step is None else f"{line.macs_per_step / 1e9:.3g}"
         found = _numbers(line.scores)
-        scores = [f"{found[n]:.3f}" if n in found else "-" for n in names]
+        scores = [f"{found[n]:.3g}" if n in found else "-" for n in names]
         costs = (str(line.full), str(line.light), macs, f"{line.seconds:.2f}")
         table.add_row(line.variant.label, *costs, *scores)
     return table

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from cmlora.cli.console import emit, out
 from cmlora.cli.options import AsJson
@@ -25,7 +25,7 @@ def inspect(
         emit(found)
         return
     for facts in found:
-        table = Table("what", "found", title=Path(facts["file"]).name)
+        table = Table("what", Column("found", overflow="fold"), title=Path(facts["file"]).name)
         for key, value in facts.items():
             table.add_row(key, _words(value))
         out.print(table)
