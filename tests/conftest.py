@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import disk
+
+settings.register_profile("patient", deadline=None)  # a loaded machine is no failure
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
