@@ -139,7 +139,9 @@ def train(steps: int, seed: int = 0) -> Path:
     text_encoder = build_text_encoder(tokenizer)
     models = nn.ModuleList([unet, text_encoder])
     average = Averaged(models)
-    optimizer = torch.optim.AdamW(models.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        models.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     alphas_cumprod = scheduler().alphas_cumprod
     checkpoint = folder / "base.checkpoint.pt"
     start = 0

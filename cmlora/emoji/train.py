@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -45,7 +46,7 @@ def install() -> None:
     """Copy everything that has been trained into the package."""
     folder = work_folder()
     if (folder / "vae").is_dir() and (folder / "base").is_dir():
-        model().half().save_pretrained(WEIGHTS / "model")
+        model().to(torch.float16).save_pretrained(WEIGHTS / "model")
     for name in ("loras", "loras_unbiased", "clip"):
         if (folder / name).is_dir():
             shutil.copytree(folder / name, WEIGHTS / name, dirs_exist_ok=True)
