@@ -8,7 +8,7 @@ import torch
 
 from cmlora.engine import Report
 from cmlora.pipelines.ensemble import Ensemble, Loaded
-from cmlora.pipelines.models import open_pipeline, read_device, read_dtype
+from cmlora.pipelines.models import EMBEDDED, open_pipeline, read_device, read_dtype
 
 
 class CMLoRAPipeline:
@@ -98,8 +98,13 @@ class CMLoRAPipeline:
             *args: further positional arguments of the wrapped pipeline.
             **kwargs: ``composition``, ``lora_weights``, ``cache``, ``cut``, ``text_encoder``,
                 ``composition_options`` and ``seed``; anything else goes to the wrapped pipeline.
+                The embedded model has its own default steps and guidance scale.
 
         Returns:
             The wrapped pipeline's output; an output object also has ``report``.
         """
+        if str(self.ensemble.source) == EMBEDDED:
+            from cmlora.emoji.weights import GUIDANCE, STEPS
+
+            kwargs = {"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, **kwargs}
         return self.ensemble.run(self.pipe, prompt, *args, **kwargs)
