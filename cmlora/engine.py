@@ -212,8 +212,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         steered = any(kwargs.get(name) is not None for name in _RESIDUALS)
         if steered:  # residuals of a ControlNet or an adapter enter where a light pass skips
             self._cache.discard(slot)
-        reuse = single.may_reuse and tick.index > 0
-        with self._cache.run(slot, reuse=reuse, record=not (last or steered)) as light:
+        with self._cache.run(slot, reuse=single.may_reuse, record=not (last or steered)) as light:
             (self._light if light else self._full)[single.key] += 1
             result = self.fn_ref.original_forward(*args, **own)
         if last:

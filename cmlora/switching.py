@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from cmlora.errors import CmloraError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _MISSING: Any = object()
 _REMEMBERED = 256
@@ -64,7 +62,10 @@ class AdapterSwitch:
 
     def __init__(self, module: nn.Module, *, direct: bool | None = None) -> None:
         self._layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
-        self._held = [frozenset(layer._get_available_adapters()) for layer in self._layers]
+        self._held = [
+            frozenset(name for held in _containers(layer) for name in held)
+            for layer in self._layers
+        ]
         self.names: tuple[str, ...] = tuple(sorted(frozenset().union(*self._held)))
         fused = sorted({name for layer in self._layers for name in layer.merged_adapters})
         if fused:
@@ -142,8 +143,8 @@ class AdapterSwitch:
     def _parameters(self) -> Iterator[nn.Parameter]:
         """Every LoRA's parameters."""
         for layer in self._layers:
-            for name in layer.adapter_layer_names:
-                yield from getattr(layer, name).parameters()
+            for held in _containers(layer):
+                yield from held.parameters()
 
     def _prepare(self, weights: Mapping[str, float]) -> list[_Activation]:
         """Work out what activating these weights writes."""
@@ -165,6 +166,12 @@ def _has_known_attributes(layer: Any) -> bool:
         layer.active_adapter is layer._active_adapter
         and layer.disable_adapters is layer._disable_adapters
     )
+
+
+def _containers(layer: Any) -> list[nn.ModuleDict | nn.ParameterDict]:
+    """The dictionaries of a layer that hold LoRA weights by adapter name."""
+    found = (getattr(layer, name) for name in layer.adapter_layer_names)
+    return [held for held in found if isinstance(held, nn.ModuleDict | nn.ParameterDict)]
 
 
 def _scaling(layer: Any) -> dict[str, Any]:

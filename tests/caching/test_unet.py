@@ -173,9 +173,10 @@ def test_sizes_that_do_not_halve_and_freeu(cut: Cut) -> None:
     cache.attach()
     with cache.run("slot", reuse=True):
         unet(**arguments)
-    with cache.run("slot", reuse=True) as light:
-        assert light
-        assert torch.equal(unet(**arguments).sample, expected)
+    for _ in range(2):
+        with cache.run("slot", reuse=True) as light:
+            assert light
+            assert torch.equal(unet(**arguments).sample, expected)
 
 
 @torch.no_grad()
