@@ -171,6 +171,7 @@ def assemble(
     roles: Mapping[str, Role] | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    config: str | Path | None = None,
 ) -> CMLoRAPipeline:
     """A model with LoRAs loaded, all by name or path.
 
@@ -181,6 +182,7 @@ def assemble(
         roles: ``high`` or ``low`` by the name a LoRA gets in the pipeline.
         dtype: of the weights.
         device: where to compute.
+        config: for a model in a single file, a diffusers folder of its family.
 
     Raises:
         CmloraError: for anything that is missing or does not fit. LoRA files are looked for before
@@ -194,7 +196,10 @@ def assemble(
     for name in roles or {}:
         if name not in names:
             raise CmloraError(f"role for {name!r}: the LoRAs are {', '.join(names) or 'none'}")
-    pipe = CMLoRAPipeline.from_pretrained(where, dtype=dtype, device=device)
+    layout = {} if config is None else {"config": config}
+    if layout and where.is_dir():
+        raise CmloraError(f"config is for a model in a single file; {where} is a folder")
+    pipe = CMLoRAPipeline.from_pretrained(where, dtype=dtype, device=device, **layout)
     pipe.ensemble.source = model
     pipe.set_progress_bar_config(disable=True)
     for name, file, (_, weight) in zip(names, files, loras, strict=True):
@@ -208,6 +213,7 @@ def restore(
     model: str | Path | None = None,
     folder: str | Path | None = None,
     device: str | None = None,
+    config: str | Path | None = None,
 ) -> CMLoRAPipeline:
     """The model and LoRAs of a recipe, checked by their hashes, and its scheduler.
 
@@ -216,6 +222,7 @@ def restore(
         model: where the model is now, if it moved.
         folder: where the LoRA files are now; not needed for embedded ones.
         device: where to compute.
+        config: see `assemble`.
 
     Raises:
         CmloraError: if the model or a LoRA is missing or is not the one of the recipe.
@@ -226,7 +233,7 @@ def restore(
     if recipe.model_hash != fingerprint(place):
         raise CmloraError(f"model {place} is not the one of the recipe: its hash differs")
     found = {sha256(path): path for path in library.ids(place, folder).values()}
-    pipe = assemble(place, (), dtype=recipe.dtype, device=device)
+    pipe = assemble(place, (), dtype=recipe.dtype, device=device, config=config)
     for lora in recipe.loras:
         if lora.sha256 not in found:
             raise CmloraError(

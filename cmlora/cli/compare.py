@@ -20,6 +20,7 @@ def compare(
         str, typer.Option(help="PATH_OR_ID or PATH_OR_ID:WEIGHT, separated by commas.")
     ],
     model: options.Model = "emoji",
+    config: options.Config = None,
     lora_dir: options.LoRAFolder = None,
     methods: options.Methods = "",
     prompt: options.Prompt = "",
@@ -62,14 +63,15 @@ def compare(
     variants = read(arguments.variants(methods) or USUAL)
     if not methods and model != EMBEDDED:
         variants = tuple(v for v in variants if v.method != "lorahub")
-        err.print("lorahub is left out: there is no score to look for its coefficients with")
     quiet_libraries()
     with status("loading"):
-        pipe = assemble(model, chosen, folder=lora_dir, device=device)
+        pipe = assemble(model, chosen, folder=lora_dir, device=device, config=config)
         wish = Wish(prompt or arguments.prompt_of(pipe), **wished)
         table = Comparison(
             pipe, wish, variants, columns, destination, judge=_judge(model == EMBEDDED)
         )
+    if len(variants) < len(USUAL) and not methods:
+        err.print("lorahub is left out: there is no score to look for its coefficients with")
     with progress("pictures", len(variants) * len(columns) * steps) as bar:
         search = bar.add_task("coefficients", total=Previews().budget, visible=False)
         for one in table.wishes(lambda: bar.update(search, advance=1, visible=True)):

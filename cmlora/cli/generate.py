@@ -17,6 +17,7 @@ def generate(
         list[str] | None,
         typer.Option(help="PATH_OR_ID or PATH_OR_ID:WEIGHT; again for each LoRA."),
     ] = None,
+    config: options.Config = None,
     lora_dir: options.LoRAFolder = None,
     role: Annotated[
         list[str] | None, typer.Option(help="NAME=high or NAME=low: a LoRA's frequency class.")
@@ -76,10 +77,18 @@ def generate(
         exact = from_png(recipe)
         with status("loading"):
             place = None if model == EMBEDDED else model
-            pipe = restore(exact, model=place, folder=lora_dir, device=device)
+            pipe = restore(exact, model=place, folder=lora_dir, device=device, config=config)
     else:
         with status("loading"):
-            pipe = assemble(model, loras, folder=lora_dir, roles=roles, dtype=dtype, device=device)
+            pipe = assemble(
+                model,
+                loras,
+                folder=lora_dir,
+                roles=roles,
+                dtype=dtype,
+                device=device,
+                config=config,
+            )
         wish = Wish(prompt or arguments.prompt_of(pipe), **wished)
         exact = write_recipe(pipe, with_coefficients(pipe, wish))
     with progress(exact.method, exact.steps) as bar:

@@ -5,6 +5,10 @@ from typing import Annotated
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Config = Annotated[
+    str | None,
+    typer.Option(help="For a .safetensors model: a diffusers folder of its family, as layout."),
+]
 Cut = Annotated[str, typer.Option(help="Where the cache cuts the UNet: LAYER,BLOCK.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU if not given.")]
 Guidance = Annotated[

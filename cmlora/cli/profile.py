@@ -15,6 +15,7 @@ from cmlora.errors import CmloraError
 def profile(
     loras: Annotated[list[str], typer.Argument(help="LoRA files, or ids of embedded LoRAs.")],
     model: options.Model = "emoji",
+    config: options.Config = None,
     lora_dir: options.LoRAFolder = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Again for each prompt; the trigger words if empty.")
@@ -41,7 +42,9 @@ def profile(
     columns = arguments.seeds(seeds)
     quiet_libraries()
     with status("loading"):
-        pipe = assemble(model, [(name, 1.0) for name in loras], folder=lora_dir, device=device)
+        pipe = assemble(
+            model, [(name, 1.0) for name in loras], folder=lora_dir, device=device, config=config
+        )
     found = {}
     with progress("profiling", len(pipe.loras)) as bar:
         for name, lora in pipe.loras.items():

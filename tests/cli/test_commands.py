@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from cmlora.cli.app import app
 from cmlora.strategies import METHODS
-from tests import disk
+from tests import disk, tiny
+from tests.single_file import save_single_file
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -62,6 +63,16 @@ def test_a_picture_replays_byte_for_byte(
     assert made["report"]["method"] == method
     replay = ["generate", "--recipe", str(first), "--lora-dir", str(lora_folder)]
     run(*replay, "--out", str(again))
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_a_model_in_one_file(model_folder: Path, lora_folder: Path, tmp_path: Path) -> None:
+    path = save_single_file(tiny.sd15(), tmp_path / "model.safetensors")
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    common = ["--config", str(model_folder), "--lora-dir", str(lora_folder)]
+    loras = ["--lora", "cat", "--prompt", "a cat", "--steps", "2"]
+    run("generate", "--model", str(path), *common, *loras, "--out", str(first))
+    run("generate", "--recipe", str(first), *common, "--out", str(again))
     assert again.read_bytes() == first.read_bytes()
 
 

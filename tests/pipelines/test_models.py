@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 from torch import zeros
@@ -9,7 +10,8 @@ from torch import zeros
 from cmlora.errors import CmloraError
 from cmlora.pipelines import library
 from cmlora.pipelines.models import locate, open_pipeline
-from tests import disk
+from tests import disk, tiny
+from tests.single_file import save_single_file
 
 
 def test_a_folder_a_file_and_a_hub_id(model_folder: Path, tmp_path: Path) -> None:
@@ -82,3 +84,15 @@ def test_near_names_are_told(lora_folder: Path) -> None:
         library.find(lora_folder)
     with pytest.raises(CmloraError, match=r"LoRA folder .* does not exist"):
         library.find("cat", folder=lora_folder / "none")
+
+
+def test_a_single_file_is_the_same_model(model_folder: Path, tmp_path: Path) -> None:
+    path = save_single_file(tiny.sd15(), tmp_path / "model.safetensors")
+    single = open_pipeline(path, config=model_folder, local_files_only=True)
+    whole = open_pipeline(model_folder)
+    pictures = []
+    for pipe in (single, whole):
+        pipe.scheduler = whole.scheduler
+        pipe.safety_checker = None
+        pictures.append(tiny.run(pipe, output_type="np"))
+    np.testing.assert_allclose(pictures[0], pictures[1], atol=1e-6)
