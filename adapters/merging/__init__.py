@@ -1,0 +1,139 @@
+"""Several LoRAs become one: the methods, each a function of the matrices of one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cmlora.adapters.merging.cat import cat
+from cmlora.adapters.merging.karcher import karcher, slerp
+from cmlora.adapters.merging.linear import factor_linear, linear
+from cmlora.adapters.merging.method import Method
+from cmlora.adapters.merging.run import Grams, MergeResult, run
+from cmlora.adapters.merging.sparse import (
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare_linear,
+    dare_ties,
+    della,
+    magnitude,
+    ties,
+)
+from cmlora.adapters.merging.svd import svd
+from cmlora.lora import LoRA
+from cmlora.registry import Entry, Registry
+
+_ALL = frozenset({"identity", "units", "gauge", "ranks", "many"})
+_WHOLE = {"density": 1.0}
+
+MERGES: Registry[Method] = Registry(
+    "merging method",
+    Entry("cat", Method(cat, "sum", _ALL), "the exact sum, ranks added up"),
+    Entry(
+        "linear",
+        Method(linear, "sum", _ALL),
+        "the exact sum in as few rank units as it needs",
+        "arXiv:2212.04089",
+    ),
+    Entry("svd", Method(svd, "sum", _ALL), "the sum cut to a rank by singular values"),
+    Entry(
+        "factor_linear",
+        Method(factor_linear, "other", _ALL - {"gauge", "ranks", "units"}),
+        "up and down factors added apart, as PEFT's linear does",
+    ),
+    Entry(
+        "slerp",
+        Method(slerp, "average", _ALL - {"many"}),
+        "the direction between two LoRAs, at their mean length",
+    ),
+    Entry("karcher", Method(karcher, "average", _ALL), "the mean direction at the mean length"),
+    Entry(
+        "magnitude",
+        Method(magnitude, "sum", _ALL, _WHOLE),
+        "the largest entries of every LoRA, added up",
+    ),
+    Entry(
+        "dare_linear",
+        Method(dare_linear, "sum", _ALL, _WHOLE),
+        "random entries of every LoRA, scaled up and added",
+        "arXiv:2311.03099",
+    ),
+    Entry(
+        "dare_ties",
+        Method(dare_ties, "average", _ALL, _WHOLE),
+        "random entries, scaled up and averaged where signs agree",
+        "arXiv:2311.03099",
+    ),
+    Entry(
+        "ties",
+        Method(ties, "average", _ALL, _WHOLE),
+        "trim to the largest entries, elect a sign, average what agrees",
+        "arXiv:2306.01708",
+    ),
+    Entry(
+        "della",
+        Method(della, "average", _ALL, _WHOLE | {"epsilon": 0.0}),
+        "random entries, larger ones more often, averaged where signs agree",
+        "arXiv:2406.11617",
+    ),
+    Entry(
+        "breadcrumbs",
+        Method(breadcrumbs, "sum", _ALL, _WHOLE | {"gamma": 0.0}),
+        "all but the very largest and the small entries, added up",
+        "arXiv:2312.06795",
+    ),
+    Entry(
+        "breadcrumbs_ties",
+        Method(breadcrumbs_ties, "average", _ALL, _WHOLE | {"gamma": 0.0}),
+        "all but the very largest and the small entries, averaged where signs agree",
+        "arXiv:2312.06795",
+    ),
+)
+
+
+def merge(
+    loras: Sequence[LoRA],
+    weights: Sequence[float],
+    method: str = "svd",
+    *,
+    name: str | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    grams: Grams | None = None,
+    advance: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> MergeResult:
+    """Merges LoRAs into one whose scales are all 1.
+
+    A module that a LoRA does not have counts as unchanged by it; ranks may differ between LoRAs
+    and between modules. The order of the LoRAs is irrelevant, and a LoRA with weight 0 is left out.
+
+    Args:
+        loras: of one model family.
+        weights: one per LoRA; what they mean depends on the method's kind.
+        method: a name from `MERGES`.
+        name: of the result; the names of the LoRAs joined by ``+`` if none is given.
+        rank: the largest rank of a module in the result; by default the method's own choice, and
+            the sum of the ranks for methods that work on entries.
+        seed: of methods that draw random numbers.
+        grams: for methods that need calibration data, by LoRA name and module the second moments
+            X^T X (M, M) of the module's inputs.
+        advance: called before every module with its number and the count of modules.
+        options: of the method.
+
+    Raises:
+        CmloraError: for an unknown method or option, LoRAs of different models, values that are
+            not finite, or a rank that is not possible.
+    """
+    return run(
+        method,
+        MERGES[method].object,
+        loras,
+        weights,
+        name=name,
+        rank=rank,
+        seed=seed,
+        grams=grams,
+        options=options,
+        advance=advance,
+    )

@@ -1,0 +1,118 @@
+"""What a merging method is and what it promises."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from cmlora.adapters.merging.factors import Pair
+from cmlora.errors import CmloraError
+
+Kind = Literal["sum", "average", "other"]
+
+_GIVEN = ("rank", "generator", "grams")
+
+
+class Outcome(NamedTuple):
+    """A merged matrix with numbers about how it came to be.
+
+    Args:
+        value: factors, or the dense matrix (O, M).
+        notes: shares between 0 and 1 by name; the report averages them over the modules.
+    """
+
+    value: Pair | Tensor
+    notes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merging method: a function of the matrices of one module.
+
+    Args:
+        function: takes the pairs of factors and the weights of the LoRAs that change the module,
+            and returns a `Pair`, a dense matrix or an `Outcome`. Keyword arguments called ``rank``,
+            ``generator`` and ``grams`` are filled in by the caller, all others are options.
+        kind: what the weights mean. ``sum``: n copies at weight 1 / n are the original;
+            ``average``: n copies at weight 1 are; ``other``: neither.
+        promises: the optional laws it keeps. ``identity``: one LoRA at weight 1 comes out
+            unchanged; ``units``: the order of rank units is irrelevant; ``gauge``: any two
+            factorisations of the same LoRA give the same result; ``ranks``: ranks may differ;
+            ``many``: any number of LoRAs, otherwise two.
+        lossless: options under which identity and the law of its kind hold.
+    """
+
+    function: Callable[..., Pair | Tensor | Outcome]
+    kind: Kind
+    promises: frozenset[str] = frozenset({"identity", "units", "gauge", "ranks", "many"})
+    lossless: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether it needs the second moments of the inputs of every module."""
+        return "grams" in inspect.signature(self.function).parameters
+
+    def takes(self, name: str) -> bool:
+        """Whether its function has this keyword argument."""
+        return name in inspect.signature(self.function).parameters
+
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of its options."""
+        return {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.function).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in _GIVEN
+        }
+
+
+def read_options(name: str, method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with values of the right kind; texts are read as the command line gives them.
+
+    Raises:
+        CmloraError: for an unknown option, or a value of the wrong kind.
+    """
+    known, hints = method.options(), get_type_hints(method.function)
+    values = {}
+    for option, value in given.items():
+        if option not in known:
+            listed = f"its options: {', '.join(known)}" if known else "it has no options"
+            raise CmloraError(f"{name} has no option {option!r}; {listed}")
+        try:
+            values[option] = _read(value, hints[option])
+        except (ValueError, TypeError):
+            expected = str(getattr(hints[option], "__name__", hints[option])).replace("typing.", "")
+            raise CmloraError(f"{name}: {option} is {value!r}, expected {expected}") from None
+    return values
+
+
+def share(name: str, value: float, *, zero: bool = False) -> None:
+    """Raises `CmloraError` unless the value is in (0, 1], or in [0, 1] with ``zero``."""
+    if not (0 < value <= 1 or (zero and value == 0)):
+        raise CmloraError(f"{name} is {value:g}, expected {'0' if zero else 'more than 0'} to 1")
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """The value as one of the hint's kind; ValueError if it is none."""
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise ValueError
+    if get_origin(hint) in (Union, UnionType):
+        if value in (None, "none"):
+            return None
+        hint = next(kind for kind in get_args(hint) if kind is not type(None))
+    if hint is bool:
+        found = {"true": True, "false": False}.get(str(value).lower())
+        if found is None:
+            raise ValueError
+        return found
+    number = hint(value)
+    if isinstance(value, bool) or not math.isfinite(number) or number != float(value):
+        raise ValueError
+    return number

@@ -1,0 +1,281 @@
+"""Carries a merging method out on whole LoRAs: checked, module by module, with a report."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmlora import family
+from cmlora.adapters.merging.factors import Pair, nearest, stack, truncate
+from cmlora.adapters.merging.method import Method, Outcome, read_options
+from cmlora.errors import CmloraError
+from cmlora.lora import LoRA, Update
+
+Grams = Mapping[str, Mapping[str, Tensor]]
+
+_INHERITED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "cmlora.base")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge cost and what it changed.
+
+    Args:
+        method: its name.
+        kind: what its weights mean, see `Method`.
+        errors: by block of the model, distance from the exact weighted sum relative to it.
+        error: the same over all modules.
+        rank: the largest rank of a module.
+        bytes: of the merged factors.
+        seconds: it took.
+        notes: means over the modules of what the method says of itself.
+        warnings: what the user should know.
+    """
+
+    method: str
+    kind: str
+    errors: Mapping[str, float]
+    error: float
+    rank: int
+    bytes: int
+    seconds: float
+    notes: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged LoRA, with scale 1 everywhere, and the report about it."""
+
+    lora: LoRA
+    report: Report
+
+
+class _Part(NamedTuple):
+    """What one LoRA does to one module."""
+
+    lora: str
+    update: Update
+    weight: float
+
+
+def run(
+    title: str,
+    method: Method,
+    loras: Sequence[LoRA],
+    weights: Sequence[float],
+    *,
+    name: str | None,
+    rank: int | None,
+    seed: int,
+    grams: Grams | None,
+    options: Mapping[str, Any],
+    advance: Callable[[int, int], None] | None,
+) -> MergeResult:
+    """Merges LoRAs; the arguments are those of `cmlora.adapters.merging.merge`."""
+    started = time.perf_counter()
+    values = read_options(title, method, options)
+    _check(title, method, loras, weights)
+    order = sorted(range(len(loras)), key=lambda i: (loras[i].name, weights[i]))
+    # A LoRA whose slider is at zero is not part of the merge, whatever a formula divides by.
+    used = [(loras[i], float(weights[i])) for i in order if weights[i]]
+    table = _table(used)
+    ceiling = max(map(_ceiling, table.values()), default=1)
+    if rank is not None and not 1 <= rank <= ceiling:
+        raise CmloraError(f"rank {rank} is not possible; these LoRAs allow 1 to {ceiling}")
+    dtype = _precision([lora for lora, _ in used])
+    updates: dict[str, Update] = {}
+    lost: dict[str, list[tuple[float, float]]] = {}
+    notes: dict[str, list[float]] = {}
+    remarks: dict[str, None] = {}
+    for index, (module, parts) in enumerate(table.items()):
+        if advance is not None:
+            advance(index, len(table))
+        pairs = [Pair(*part.update.factors()) for part in parts]
+        strengths = [part.weight for part in parts]
+        given: dict[str, Any] = {"rank": rank}
+        given["generator"] = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module}".encode()))
+        if method.takes("grams"):
+            given["grams"] = [_gram(title, grams, part, module) for part in parts]
+        given = {key: value for key, value in given.items() if method.takes(key)} | values
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                found = method.function(pairs, strengths, **given)
+            except CmloraError as mistake:
+                raise CmloraError(f"{title}: {module}: {mistake}") from None
+        remarks |= dict.fromkeys(str(w.message) for w in said)
+        if isinstance(found, Outcome):
+            for key, number in found.notes.items():
+                notes.setdefault(key, []).append(number)
+            found = found.value
+        pair = _of_rank(found, rank, _ceiling(parts))
+        if not pair.rank:
+            continue
+        scale = math.fsum(abs(w) * p.norm() for p, w in zip(pairs, strengths, strict=True))
+        exact = stack(pairs, strengths)
+        lost.setdefault(block(module), []).append(_distance(pair, exact, scale))
+        updates[module] = _update(pair, parts, dtype, remarks)
+    report = Report(
+        method=title,
+        kind=method.kind,
+        errors={where: _relative(rows) for where, rows in sorted(lost.items())},
+        error=_relative([row for rows in lost.values() for row in rows]),
+        rank=max((update.rank for update in updates.values()), default=0),
+        bytes=sum(update.up.nbytes + update.down.nbytes for update in updates.values()),
+        seconds=time.perf_counter() - started,
+        notes={key: math.fsum(rows) / len(rows) for key, rows in notes.items()},
+        warnings=tuple(remarks),
+    )
+    recipe = {"method": title, "rank": rank, "seed": seed, "options": values}
+    recipe |= {"loras": [lora.name for lora, _ in used], "weights": [w for _, w in used]}
+    metadata = _inherited([lora for lora, _ in used])
+    metadata["modelspec.merged_from"] = ",".join(lora.name for lora, _ in used)
+    metadata["cmlora.merge"] = json.dumps(recipe, sort_keys=True)
+    triggers = dict.fromkeys(word for lora, _ in used for word in lora.triggers)
+    merged = LoRA(name or "+".join(recipe["loras"]), updates, metadata, tuple(triggers))
+    return MergeResult(merged, report)
+
+
+def block(module: str) -> str:
+    """The part of the model a module belongs to: its name up to the first number.
+
+    >>> block("unet.down_blocks.0.attentions.1.proj_in")
+    'unet.down_blocks.0'
+    """
+    found = re.match(r"(.*?\.\d+)\.", module)
+    return found[1] if found else module.rpartition(".")[0]
+
+
+def check_values(loras: Sequence[LoRA]) -> None:
+    """Raises `CmloraError` for a tensor with NaN or infinity, or LoRAs for different models."""
+    families: dict[str, str] = {}
+    for lora in loras:
+        for module, update in lora.updates.items():
+            for role in ("down", "up", "mid"):
+                tensor = getattr(update, role)
+                if tensor is not None and not torch.isfinite(tensor).all():
+                    raise CmloraError(f"{lora.name}: {module} ({role}) holds NaN or infinity")
+            if not math.isfinite(update.scale):
+                raise CmloraError(f"{lora.name}: the scale of {module} is {update.scale}")
+        found = family.of_lora(lora)
+        if not found.startswith("a"):  # "an unknown family", "a diffusion transformer"
+            families.setdefault(found, lora.name)
+    if len(families) > 1:
+        each = ", ".join(f"{name} is for {found}" for found, name in families.items())
+        raise CmloraError(f"these LoRAs are for different models: {each}")
+
+
+def check_shape(module: str, named: Sequence[tuple[str, Update]]) -> None:
+    """Raises `CmloraError` unless all updates fit one layer.
+
+    A 1x1 convolution is a matrix in some files and a kernel in others.
+    """
+    sizes: dict[tuple[int, ...], str] = {}
+    for name, update in named:
+        sizes.setdefault((*update.shape[:2], *(update.shape[2:] or (1, 1))), name)
+    if len(sizes) > 1:
+        each = " and ".join(f"{shape} in {name}" for shape, name in sizes.items())
+        raise CmloraError(f"these LoRAs are for different models: {module} is {each}")
+
+
+def _check(title: str, method: Method, loras: Sequence[LoRA], weights: Sequence[float]) -> None:
+    if len(loras) != len(weights):
+        raise CmloraError(f"{len(loras)} LoRAs and {len(weights)} weights; give one weight each")
+    for lora, weight in zip(loras, weights, strict=True):
+        if not math.isfinite(weight):
+            raise CmloraError(f"the weight of {lora.name} is {weight}, not a finite number")
+    count = sum(bool(weight) for weight in weights)
+    if not count:
+        raise CmloraError("nothing to merge: no LoRA has a weight other than zero")
+    if "many" not in method.promises and count > 2:
+        raise CmloraError(f"{title} merges two LoRAs, not {count}")
+    check_values(loras)
+
+
+def _table(used: Sequence[tuple[LoRA, float]]) -> dict[str, list[_Part]]:
+    """By module what changes it; an update of zero is treated like a missing one."""
+    table: dict[str, list[_Part]] = {}
+    for module in sorted({module for lora, _ in used for module in lora.updates}):
+        rows = [(lora, lora.updates[module], w) for lora, w in used if module in lora.updates]
+        check_shape(module, [(lora.name, update) for lora, update, _ in rows])
+        parts = [
+            _Part(lora.name, update, weight)
+            for lora, update, weight in rows
+            if update.scale and update.up.any() and update.down.any()
+        ]
+        if parts:
+            table[module] = parts
+    return table
+
+
+def _ceiling(parts: Sequence[_Part]) -> int:
+    """The largest rank that the weighted sum of the updates can have."""
+    rows, columns, *kernel = parts[0].update.shape
+    return min(rows, columns * math.prod(kernel), sum(part.update.rank for part in parts))
+
+
+def _gram(title: str, grams: Grams | None, part: _Part, module: str) -> Tensor:
+    try:
+        return (grams or {})[part.lora][module].double()
+    except KeyError:
+        raise CmloraError(
+            f"{title} needs calibration data, and there is none of {part.lora} for {module}"
+        ) from None
+
+
+def _precision(loras: Sequence[LoRA]) -> torch.dtype:
+    dtypes = [t.dtype for lora in loras for u in lora.updates.values() for t in (u.down, u.up)]
+    return reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32)
+
+
+def _of_rank(found: Pair | Tensor, rank: int | None, ceiling: int) -> Pair:
+    if isinstance(found, Tensor):
+        return nearest(found, min(rank or ceiling, ceiling))
+    return truncate(found, rank) if rank is not None and found.rank > rank else found
+
+
+def _distance(pair: Pair, exact: Pair, scale: float) -> tuple[float, float]:
+    """Distance and norm of the exact sum; a sum that cancels counts as large as its parts."""
+    size = exact.norm()
+    return stack([pair, exact], [1.0, -1.0]).norm(), size if size > 1e-9 * scale else scale
+
+
+def _relative(rows: Sequence[tuple[float, float]]) -> float:
+    lost, size = (math.hypot(*column) for column in zip(*rows, strict=True)) if rows else (0, 1)
+    return lost / size
+
+
+def _update(
+    pair: Pair, parts: Sequence[_Part], dtype: torch.dtype, remarks: dict[str, None]
+) -> Update:
+    kernel = max((part.update.shape[2:] for part in parts), key=len)
+    columns = parts[0].update.shape[1]
+    down, up = pair.down.to(dtype), pair.up.to(dtype)
+    if not (down.isfinite().all() and up.isfinite().all()):
+        pair, dtype = truncate(pair), torch.float32
+        remarks[f"merged in float32: values are too large for {down.dtype}"] = None
+        down, up = pair.down.to(dtype), pair.up.to(dtype)
+    return Update(down.reshape(pair.rank, columns, *kernel).contiguous(), up.contiguous())
+
+
+def _inherited(loras: Sequence[LoRA]) -> dict[str, str]:
+    """What all files agree on about the model they are for."""
+    found = {}
+    for key in _INHERITED:
+        said = {lora.metadata.get(key) for lora in loras}
+        value = said.pop()
+        if value is not None and not said:
+            found[key] = value
+    return found

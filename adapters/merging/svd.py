@@ -1,0 +1,38 @@
+"""The weighted sum cut to a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cmlora.adapters.merging.factors import Pair, balanced, stack
+from cmlora.adapters.merging.factors import svd as decompose
+from cmlora.adapters.merging.method import share
+
+
+def svd(
+    pairs: Sequence[Pair],
+    weights: Sequence[float],
+    *,
+    rank: int | None = None,
+    clamp: float | None = None,
+) -> Pair:
+    """The nearest matrix of a rank to the weighted sum (Eckart-Young).
+
+    Args:
+        pairs: factors.
+        weights: of the sum.
+        rank: of the result; the largest of the LoRAs' if none is given.
+        clamp: entries of the singular vectors beyond this quantile of their joint values are
+            clipped to it, against a few burnt features.
+    """
+    u, s, vh = decompose(stack(pairs, weights))
+    keep = max(pair.rank for pair in pairs) if rank is None else rank
+    u, s, vh = u[:, :keep], s[:keep], vh[:keep]
+    if clamp is not None and len(s):
+        share("clamp", clamp)
+        values = torch.cat([u.flatten(), vh.flatten()]).sort().values
+        limit = float(values[round(clamp * (len(values) - 1))])
+        u, vh = u.clamp(-abs(limit), abs(limit)), vh.clamp(-abs(limit), abs(limit))
+    return balanced(u, s, vh)

@@ -1,0 +1,316 @@
+"""What every merging method promises, over the whole registry."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cmlora.adapters.merging import MERGES, merge
+from cmlora.adapters.merging.run import MergeResult
+from cmlora.errors import CmloraError
+from cmlora.files import read, write
+from cmlora.lora import LoRA
+from tests.merging import references
+from tests.merging.makers import (
+    SHAPES,
+    distance,
+    make,
+    named,
+    permuted,
+    regauged,
+    without,
+    zeroed,
+)
+
+METHODS = list(MERGES)
+FOLDER = Path(__file__).parents[2] / "adapters" / "merging"
+SHARED = {"__init__", "factors", "method", "run", "align", "agree", "sparsify"}
+
+
+def grams(loras: list[LoRA]) -> dict[str, dict[str, torch.Tensor]]:
+    """Second moments of random inputs for every LoRA and module."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for index, lora in enumerate(loras):
+        generator = torch.Generator().manual_seed(index)
+        for module, shape in SHAPES.items():
+            width = shape[1] * (shape[2] * shape[3] if len(shape) == 4 else 1)
+            inputs = torch.randn((2 * width, width), generator=generator).double()
+            found.setdefault(lora.name, {})[module] = inputs.T @ inputs
+    return found
+
+
+def do(
+    method: str, loras: list[LoRA], weights: list[float] | None = None, **options: Any
+) -> MergeResult:
+    """Merge with calibration data if the method needs it."""
+    if MERGES[method].object.needs_grams:
+        options["grams"] = grams(loras)
+    return merge(loras, weights or [1.0] * len(loras), method, **options)
+
+
+def promising(word: str) -> list[str]:
+    return [name for name in METHODS if word in MERGES[name].object.promises]
+
+
+def pair(method: str) -> list[LoRA]:
+    """Two LoRAs it can merge, of different ranks if it promises to."""
+    return [make("a", 3), make("b", 2 if method in promising("ranks") else 3)]
+
+
+def test_every_file_is_a_method_or_shared() -> None:
+    functions = {entry.object.function.__module__.rpartition(".")[2] for entry in MERGES.values()}
+    assert {path.stem for path in FOLDER.glob("*.py")} == functions | SHARED
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_is_its_function(method: str) -> None:
+    entry = MERGES[method]
+    assert entry.object.function.__doc__
+    assert not entry.sentence.endswith(".")
+    assert set(entry.object.lossless) <= set(entry.object.options())
+
+
+@pytest.mark.parametrize("method", promising("identity"))
+def test_one_lora_is_itself(method: str) -> None:
+    alone = make("a")
+    merged = do(method, [alone], **MERGES[method].object.lossless)
+    assert distance(merged.lora, alone) < 1e-5
+    assert merged.report.error < 1e-5
+    assert all(update.scale == 1 for update in merged.lora.updates.values())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_copies(method: str, count: int) -> None:
+    rules = MERGES[method].object
+    if rules.kind == "other" or (count > 2 and "many" not in rules.promises):
+        pytest.skip("promises nothing about copies")
+    original = make("x")
+    copies = [named(original, f"x{i}") for i in range(count)]
+    weight = 1 / count if rules.kind == "sum" else 1.0
+    merged = do(method, copies, [weight] * count, **rules.lossless)
+    assert distance(merged.lora, original) < 1e-5
+
+
+@pytest.mark.parametrize("method", promising("units"))
+def test_order_of_rank_units(method: str) -> None:
+    loras = pair(method)
+    plain = do(method, loras, [0.8, 0.6])
+    assert distance(plain.lora, do(method, [permuted(loras[0]), loras[1]], [0.8, 0.6]).lora) < 1e-5
+
+
+@pytest.mark.parametrize("method", promising("gauge"))
+def test_other_factors_of_the_same_delta(method: str) -> None:
+    loras = pair(method)
+    plain = do(method, loras, [0.8, 0.6])
+    changed = do(method, [loras[0], regauged(loras[1])], [0.8, 0.6])
+    assert distance(plain.lora, changed.lora) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_order_of_loras(method: str) -> None:
+    loras = pair(method)
+    one = do(method, loras, [0.8, 0.6])
+    again = do(method, loras[::-1], [0.6, 0.8])
+    assert one.lora.updates.keys() == again.lora.updates.keys()
+    for module, update in one.lora.updates.items():
+        assert torch.equal(update.up, again.lora.updates[module].up)
+        assert torch.equal(update.down, again.lora.updates[module].down)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_missing_module_is_zero(method: str) -> None:
+    loras = pair(method)
+    module = min(SHAPES)
+    missing = do(method, [loras[0], without(loras[1], module)], [0.8, 0.6])
+    zero = do(method, [loras[0], zeroed(loras[1], module)], [0.8, 0.6])
+    assert distance(missing.lora, zero.lora) < 1e-6
+    nowhere = do(method, [without(lora, module) for lora in loras])
+    assert module not in nowhere.lora.updates
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weight_zero_is_absence(method: str) -> None:
+    loras = pair(method)
+    assert distance(do(method, loras, [0.7, 0.0]).lora, do(method, loras[:1], [0.7]).lora) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_ranks(method: str) -> None:
+    loras = [make("a", 4), make("b", 2)]
+    if method in promising("ranks"):
+        assert set(do(method, loras).lora.updates) == set(SHAPES)
+    else:
+        with pytest.raises(CmloraError, match="rank"):
+            do(method, loras)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shapes_rank_and_inputs_left_alone(method: str) -> None:
+    loras = pair(method)
+    before = [lora.deltas() for lora in loras]
+    merged = do(method, loras, [0.8, 0.6], rank=2)
+    assert {m: u.shape for m, u in merged.lora.updates.items()} == dict(SHAPES)
+    assert max(update.rank for update in merged.lora.updates.values()) <= 2
+    assert merged.report.rank <= 2
+    size = sum(u.up.nbytes + u.down.nbytes for u in merged.lora.updates.values())
+    assert merged.report.bytes == size
+    for lora, deltas in zip(loras, before, strict=True):
+        assert all(torch.equal(delta, lora.deltas()[m]) for m, delta in deltas.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scales_are_baked_in(method: str) -> None:
+    loras = pair(method)
+    halves = [
+        replace(
+            lora,
+            updates={
+                m: replace(u, up=u.up / 4, scale=u.scale * 4) for m, u in lora.updates.items()
+            },
+        )
+        for lora in loras
+    ]
+    assert distance(do(method, loras).lora, do(method, halves).lora) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(method: str, dtype: torch.dtype) -> None:
+    loras = [make("a", 3, dtype=dtype), make("b", 3, dtype=dtype)]
+    merged = do(method, loras, [0.8, 0.6])
+    for update in merged.lora.updates.values():
+        assert update.up.dtype == update.down.dtype == dtype
+        assert update.up.isfinite().all()
+        assert update.down.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files(method: str, tmp_path: Path) -> None:
+    merged = do(method, pair(method), [0.8, 0.6])
+    path = tmp_path / "merged.safetensors"
+    write(merged.lora, path)
+    again = read(path)
+    assert distance(again, merged.lora) == 0
+    assert again.metadata["modelspec.merged_from"] == "a,b"
+    recipe = json.loads(again.metadata["cmlora.merge"])
+    assert (recipe["method"], recipe["weights"]) == (method, [0.8, 0.6])
+    assert again.triggers == ("a", "b")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_input_same_output(method: str) -> None:
+    first, again = (do(method, pair(method), seed=3).lora for _ in range(2))
+    assert all(torch.equal(u.up, again.updates[m].up) for m, u in first.updates.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_reported_error_is_the_distance_from_the_sum(method: str) -> None:
+    loras = pair(method)
+    merged = do(method, loras, [0.8, 0.6])
+    deltas = [lora.deltas() for lora in loras]
+    lost = total = 0.0
+    for module in SHAPES:
+        exact = 0.8 * deltas[0][module].double() + 0.6 * deltas[1][module].double()
+        lost += float((merged.lora.updates[module].delta().double() - exact).square().sum())
+        total += float(exact.square().sum())
+    assert merged.report.error == pytest.approx((lost / total) ** 0.5, abs=1e-6)
+    assert set(merged.report.errors) == {
+        "text_encoder.text_model.encoder.layers.0",
+        "unet.down_blocks.0",
+        "unet.mid_block.attentions.0",
+        "transformer.transformer_blocks.0",
+    }
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("method", list(references.EXACT))
+def test_references(method: str, rank: int | None) -> None:
+    loras = pair(method)
+    merged = do(method, loras, [0.8, 0.6], rank=rank)
+    for module in SHAPES:
+        dense = [lora.updates[module].delta().double().flatten(1).numpy() for lora in loras]
+        expected = references.EXACT[method](dense, [0.8, 0.6])
+        expected = references.cut(expected, rank or 5)
+        found = merged.lora.updates[module].delta().double().flatten(1)
+        gap = float((found - torch.from_numpy(expected)).norm())
+        assert gap < 2e-5 * float(found.norm()), module
+
+
+@pytest.mark.parametrize(
+    ("loras", "weights", "options", "message"),
+    [
+        ([make("a")], [1.0, 2.0], {}, "1 LoRAs and 2 weights"),
+        ([make("a")], [float("nan")], {}, "weight of a is nan"),
+        ([make("a")], [0.0], {}, "nothing to merge"),
+        ([], [], {}, "nothing to merge"),
+        ([make("a")], [1.0], {"method": "tise"}, "did you mean ties"),
+        ([make("a")], [1.0], {"method": "ties", "densty": 1}, "no option 'densty'"),
+        ([make("a")], [1.0], {"method": "ties", "density": "much"}, "density is 'much'"),
+        ([make("a")], [1.0], {"method": "ties", "density": 0}, "density is 0"),
+        ([make("a")], [1.0], {"method": "ties", "sign": "all"}, "sign is 'all'"),
+        ([make("a", 3)], [1.0], {"rank": 4}, "rank 4 is not possible; these LoRAs allow 1 to 3"),
+        ([make("a")], [1.0], {"rank": 0}, "rank 0"),
+        ([make(n) for n in "abc"], [1.0] * 3, {"method": "slerp"}, "merges two LoRAs, not 3"),
+        ([make(n) for n in "ab"], [1.0, -1.0], {"method": "karcher"}, "cannot be negative"),
+    ],
+)
+def test_mistakes(
+    loras: list[LoRA], weights: list[float], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CmloraError, match=message):
+        merge(loras, weights, **options)
+
+
+def test_not_a_number_is_named() -> None:
+    module = min(SHAPES)
+    broken = make("a")
+    broken.updates[module].up[0, 0] = torch.nan
+    with pytest.raises(CmloraError, match=rf"{module} \(up\) holds NaN"):
+        merge([make("b"), broken], [1.0, 1.0])
+
+
+def test_other_shapes_are_another_model() -> None:
+    module = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    update = make("a").updates[module]
+    other = LoRA("b", {module: replace(update, up=update.up[:5])})
+    with pytest.raises(
+        CmloraError, match=r"to_q is \(13, 15, 1, 1\) in a and \(5, 15, 1, 1\) in b"
+    ):
+        merge([make("a"), other], [1.0, 1.0])
+
+
+def test_other_families_are_refused() -> None:
+    def of(width: int, name: str) -> LoRA:
+        update = make("a").updates["transformer.transformer_blocks.0.attn.to_k"]
+        down = torch.ones(update.rank, width)
+        return LoRA(name, {f"unet.{name}.attn2.to_k": replace(update, down=down)})
+
+    with pytest.raises(CmloraError, match="for different models"):
+        merge([of(768, "a"), of(2048, "b")], [1.0, 1.0])
+
+
+def test_a_matrix_and_a_kernel_of_one_pixel_are_the_same_layer() -> None:
+    module = "unet.down_blocks.0.attentions.0.proj_in"
+    kernel = LoRA("a", {module: make("a").updates[module]})
+    update = make("b").updates[module]
+    matrix = LoRA("b", {module: replace(update, down=update.down.flatten(1))})
+    merged = merge([kernel, matrix], [1.0, 1.0], "cat").lora
+    assert merged.updates[module].shape == SHAPES[module]
+
+
+def test_values_too_large_for_half_precision_stay_single() -> None:
+    loud = make("a", dtype=torch.float16)
+    updates = {m: replace(u, scale=1e7) for m, u in loud.updates.items()}
+    result = merge([replace(loud, updates=updates)], [1.0], "cat")
+    assert result.report.warnings
+    assert all(update.up.isfinite().all() for update in result.lora.updates.values())
+    assert distance(result.lora, replace(loud, updates=updates)) < 1e-5
+
+
+def test_names_of_methods_are_distinct_words() -> None:
+    assert all(a != b for a, b in itertools.combinations(METHODS, 2))
