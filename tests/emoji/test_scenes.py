@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlora.emoji.captions import article, caption, made_up_word, mention, prompt, sentence, tags
@@ -46,8 +46,9 @@ def test_names_are_unique_and_every_sprite_is_there() -> None:
 
 
 @given(seeds)
+@settings(deadline=None, max_examples=30)
 def test_a_scene_is_determined_by_its_seed(seed: int) -> None:
-    def draw() -> np.ndarray:  # type: ignore[type-arg]
+    def draw() -> np.ndarray:
         rng = np.random.default_rng(seed)
         return render(sample(rng, choices=ELEMENTS), rng)
 
@@ -58,6 +59,7 @@ def test_a_scene_is_determined_by_its_seed(seed: int) -> None:
 
 
 @given(seeds)
+@settings(deadline=None, max_examples=30)
 def test_sampled_scenes_make_sense(seed: int) -> None:
     scene = sample(np.random.default_rng(seed), choices=ELEMENTS)
     assert scene.character is not None or scene.object is not None
@@ -78,6 +80,7 @@ def test_each_element_changes_the_picture(category: str) -> None:
 
 
 @given(seeds)
+@settings(deadline=None, max_examples=30)
 def test_captions_mention_every_element_by_name_or_class(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scene = sample(rng, choices=ELEMENTS)
