@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cmlora.adapters.merging.cat import cat
+from cmlora.adapters.merging.iso import iso_c, iso_cts
 from cmlora.adapters.merging.karcher import karcher, slerp
+from cmlora.adapters.merging.knots import knots_dare, knots_ties
+from cmlora.adapters.merging.lego import lego
 from cmlora.adapters.merging.linear import factor_linear, linear
 from cmlora.adapters.merging.method import Method
 from cmlora.adapters.merging.run import Grams, MergeResult, run
@@ -20,6 +23,7 @@ from cmlora.adapters.merging.sparse import (
     ties,
 )
 from cmlora.adapters.merging.svd import svd
+from cmlora.adapters.merging.tsv import tsv_m
 from cmlora.lora import LoRA
 from cmlora.registry import Entry, Registry
 
@@ -87,6 +91,42 @@ MERGES: Registry[Method] = Registry(
         Method(breadcrumbs_ties, "average", _ALL, _WHOLE | {"gamma": 0.0}),
         "all but the very largest and the small entries, averaged where signs agree",
         "arXiv:2312.06795",
+    ),
+    Entry(
+        "knots_ties",
+        Method(knots_ties, "average", _ALL, _WHOLE),
+        "ties in a basis that all LoRAs share",
+        "arXiv:2410.19735",
+    ),
+    Entry(
+        "knots_dare",
+        Method(knots_dare, "sum", _ALL, _WHOLE),
+        "dare_linear in a basis that all LoRAs share",
+        "arXiv:2410.19735",
+    ),
+    Entry(
+        "iso_c",
+        Method(iso_c, "other", _ALL - {"identity"}),
+        "the sum with equal strength in all its directions",
+        "arXiv:2502.04959",
+    ),
+    Entry(
+        "iso_cts",
+        Method(iso_cts, "other", _ALL - {"identity"}),
+        "the same with directions reserved for every LoRA",
+        "arXiv:2502.04959",
+    ),
+    Entry(
+        "tsv_m",
+        Method(tsv_m, "other", _ALL),
+        "the singular vectors of all LoRAs made orthogonal",
+        "arXiv:2412.00081",
+    ),
+    Entry(
+        "lego",
+        Method(lego, "average", _ALL),
+        "similar rank units of all LoRAs become one",
+        "arXiv:2409.16167",
     ),
 )
 

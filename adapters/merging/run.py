@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cmlora import family
+from cmlora.adapters.merging.check import check_shape, check_values
 from cmlora.adapters.merging.factors import Pair, nearest, stack, truncate
 from cmlora.adapters.merging.method import Method, Outcome, read_options
 from cmlora.errors import CmloraError
@@ -138,7 +138,7 @@ def run(
         notes={key: math.fsum(rows) / len(rows) for key, rows in notes.items()},
         warnings=tuple(remarks),
     )
-    recipe = {"method": title, "rank": rank, "seed": seed, "options": values}
+    recipe: dict[str, Any] = {"method": title, "rank": rank, "seed": seed, "options": values}
     recipe |= {"loras": [lora.name for lora, _ in used], "weights": [w for _, w in used]}
     metadata = _inherited([lora for lora, _ in used])
     metadata["modelspec.merged_from"] = ",".join(lora.name for lora, _ in used)
@@ -156,38 +156,6 @@ def block(module: str) -> str:
     """
     found = re.match(r"(.*?\.\d+)\.", module)
     return found[1] if found else module.rpartition(".")[0]
-
-
-def check_values(loras: Sequence[LoRA]) -> None:
-    """Raises `CmloraError` for a tensor with NaN or infinity, or LoRAs for different models."""
-    families: dict[str, str] = {}
-    for lora in loras:
-        for module, update in lora.updates.items():
-            for role in ("down", "up", "mid"):
-                tensor = getattr(update, role)
-                if tensor is not None and not torch.isfinite(tensor).all():
-                    raise CmloraError(f"{lora.name}: {module} ({role}) holds NaN or infinity")
-            if not math.isfinite(update.scale):
-                raise CmloraError(f"{lora.name}: the scale of {module} is {update.scale}")
-        found = family.of_lora(lora)
-        if not found.startswith("a"):  # "an unknown family", "a diffusion transformer"
-            families.setdefault(found, lora.name)
-    if len(families) > 1:
-        each = ", ".join(f"{name} is for {found}" for found, name in families.items())
-        raise CmloraError(f"these LoRAs are for different models: {each}")
-
-
-def check_shape(module: str, named: Sequence[tuple[str, Update]]) -> None:
-    """Raises `CmloraError` unless all updates fit one layer.
-
-    A 1x1 convolution is a matrix in some files and a kernel in others.
-    """
-    sizes: dict[tuple[int, ...], str] = {}
-    for name, update in named:
-        sizes.setdefault((*update.shape[:2], *(update.shape[2:] or (1, 1))), name)
-    if len(sizes) > 1:
-        each = " and ".join(f"{shape} in {name}" for shape, name in sizes.items())
-        raise CmloraError(f"these LoRAs are for different models: {module} is {each}")
 
 
 def _check(title: str, method: Method, loras: Sequence[LoRA], weights: Sequence[float]) -> None:

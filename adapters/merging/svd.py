@@ -24,7 +24,7 @@ def svd(
         pairs: factors.
         weights: of the sum.
         rank: of the result; the largest of the LoRAs' if none is given.
-        clamp: entries of the singular vectors beyond this quantile of their joint values are
+        clamp: entries of the singular vectors beyond this quantile of their magnitudes are
             clipped to it, against a few burnt features.
     """
     u, s, vh = decompose(stack(pairs, weights))
@@ -32,7 +32,8 @@ def svd(
     u, s, vh = u[:, :keep], s[:keep], vh[:keep]
     if clamp is not None and len(s):
         share("clamp", clamp)
-        values = torch.cat([u.flatten(), vh.flatten()]).sort().values
+        # Magnitudes, because the sign of a singular vector is arbitrary.
+        values = torch.cat([u.flatten(), vh.flatten()]).abs().sort().values
         limit = float(values[round(clamp * (len(values) - 1))])
-        u, vh = u.clamp(-abs(limit), abs(limit)), vh.clamp(-abs(limit), abs(limit))
+        u, vh = u.clamp(-limit, limit), vh.clamp(-limit, limit)
     return balanced(u, s, vh)

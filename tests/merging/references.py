@@ -12,9 +12,8 @@ Reference = Callable[[Sequence[Array], Sequence[float]], Array]
 def weighted_sum(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
     total = np.zeros(deltas[0].shape)
     for delta, weight in zip(deltas, weights, strict=True):
-        for row in range(total.shape[0]):
-            for column in range(total.shape[1]):
-                total[row, column] += weight * delta[row, column]
+        for place in np.ndindex(*delta.shape):
+            total[place] += weight * delta[place]
     return total
 
 
@@ -52,7 +51,7 @@ def karcher(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
         mean = mean + 0.3 * step
         mean = mean / np.linalg.norm(mean)
     length = sum(p * float(np.linalg.norm(d)) for p, d in zip(shares, deltas, strict=True))
-    return length * mean
+    return np.asarray(length * mean)
 
 
 def trimmed(delta: Array, density: float) -> Array:
@@ -111,3 +110,68 @@ EXACT: dict[str, Reference] = {
     "breadcrumbs_ties": breadcrumbs_ties,
 }
 """Methods whose result is a function of the deltas alone, before any truncation."""
+
+
+def knots_ties(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
+    u, s, vh = np.linalg.svd(np.concatenate(deltas, 1), full_matrices=False)
+    keep = int((s > 1e-6 * s[0]).sum())
+    right = (s[:keep, None] * vh[:keep]).reshape(keep, len(deltas), -1)
+    tasks = [trimmed(right[:, index], 0.5) for index in range(len(deltas))]
+    return np.asarray(u[:, :keep] @ elected(tasks, weights))
+
+
+def iso_c(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
+    u, s, vh = np.linalg.svd(weighted_sum(deltas, weights))
+    rank = sum(value > 1e-6 * s[0] for value in s)
+    mean = sum(s[:rank]) / rank
+    return np.asarray(sum(mean * np.outer(u[:, k], vh[k]) for k in range(rank)))
+
+
+def polar(columns: Array) -> Array:
+    """The nearest orthonormal matrix through X (X^T X)^(-1/2)."""
+    values, vectors = np.linalg.eigh(columns.T @ columns)
+    return np.asarray(columns @ vectors @ np.diag(values**-0.5) @ vectors.T)
+
+
+def tsv_m(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
+    lefts, values, rights = [], [], []
+    for delta, weight in zip(deltas, weights, strict=True):
+        u, s, vh = np.linalg.svd(delta)
+        for k in range(sum(value > 1e-6 * s[0] for value in s)):
+            lefts.append(u[:, k])
+            values.append(weight * s[k])
+            rights.append(vh[k])
+    left, right = polar(np.stack(lefts, 1)), polar(np.stack(rights, 1))
+    return np.asarray(left @ np.diag(values) @ right.T)
+
+
+def iso_cts(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
+    u, s, vh = np.linalg.svd(weighted_sum(deltas, weights))
+    rank = sum(value > 1e-6 * s[0] for value in s)
+    common = round(0.8 * rank)
+    each = (rank - common) // len(deltas)
+    lefts, values, rights = list(u.T[:common]), list(s[:common]), list(vh[:common])
+    shared = u[:, :common] @ u[:, :common].T
+    for delta, weight in zip(deltas, weights, strict=True):
+        own = np.linalg.svd(weight * (delta - shared @ delta))
+        lefts += list(own[0].T[:each])
+        values += list(own[1][:each])
+        rights += list(own[2][:each])
+    left, right = polar(np.stack(lefts, 1)), polar(np.stack(rights, 1))
+    return np.asarray(float(np.mean(values)) * left @ right.T)
+
+
+EXACT |= {"knots_ties": knots_ties, "iso_c": iso_c, "iso_cts": iso_cts, "tsv_m": tsv_m}
+
+
+def clusters(units: Array, count: int) -> float:
+    """The least k-means sum of squares over every way to divide a few units."""
+    best = math.inf
+    for code in range(count ** len(units)):
+        labels = [code // count**index % count for index in range(len(units))]
+        total = 0.0
+        for label in set(labels):
+            group = np.stack([u for u, own in zip(units, labels, strict=True) if own == label])
+            total += float(((group - group.mean(0)) ** 2).sum())
+        best = min(best, total)
+    return best

@@ -28,7 +28,7 @@ from tests.merging.makers import (
 
 METHODS = list(MERGES)
 FOLDER = Path(__file__).parents[2] / "adapters" / "merging"
-SHARED = {"__init__", "factors", "method", "run", "align", "agree", "sparsify"}
+SHARED = {"__init__", "factors", "method", "run", "check", "align", "agree", "sparsify", "rmm"}
 
 
 def grams(loras: list[LoRA]) -> dict[str, dict[str, torch.Tensor]]:
@@ -230,6 +230,8 @@ def test_the_reported_error_is_the_distance_from_the_sum(method: str) -> None:
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("method", list(references.EXACT))
 def test_references(method: str, rank: int | None) -> None:
+    if rank and method.startswith("iso"):
+        pytest.skip("all singular values are equal: what to cut is decided before")
     loras = pair(method)
     merged = do(method, loras, [0.8, 0.6], rank=rank)
     for module in SHAPES:

@@ -1,0 +1,98 @@
+"""Rank units of all LoRAs in one box, clustered: similar ones become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cmlora.adapters.merging.factors import Pair, canonical
+
+_RESTARTS, _SWEEPS = 10, 100
+
+
+def lego(
+    pairs: Sequence[Pair],
+    weights: Sequence[float],
+    *,
+    generator: torch.Generator,
+    rank: int | None = None,
+    gauge: Literal["canon", "raw"] = "canon",
+    reweight: bool = True,
+) -> Pair:
+    """One rank unit [b; a] per cluster, as long as its members are on average (arXiv:2409.16167).
+
+    Args:
+        pairs: factors.
+        weights: a unit counts with the root of its LoRA's weight on either half.
+        generator: of the first centres.
+        rank: number of clusters; the largest rank if none is given.
+        gauge: ``canon`` writes every LoRA in its canonical factors first, so that equal LoRAs
+            have equal units; ``raw`` takes units as they are in the files.
+        reweight: multiply by the root of (largest rank / clusters), against the changed variance.
+    """
+    units = []
+    for pair, weight in zip(pairs, weights, strict=True):
+        own = canonical(pair) if gauge == "canon" else pair
+        root = abs(weight) ** 0.5
+        up = own.up * (root if weight >= 0 else -root)
+        units.append(torch.cat([up.T, own.down * root], 1))
+    pool = torch.cat(units)
+    usual = max(len(rows) for rows in units)
+    count = min(rank or usual, len(pool))
+    members = _cluster(pool @ pool.T, count, generator)
+    centres = (members / members.sum(0)).T @ pool
+    lengths = (members / members.sum(0)).T @ pool.norm(dim=1)
+    centres = centres * (lengths / centres.norm(dim=1).clamp_min(1e-300))[:, None]
+    strength = (usual / count) ** 0.5 if reweight else 1.0
+    up, down = centres.split([pairs[0].up.shape[0], pairs[0].down.shape[1]], 1)
+    return Pair(up.T * strength, down)
+
+
+def _cluster(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """k-means from inner products (U, U) alone: membership (U, count), no cluster empty."""
+    units, best, least = len(gram), torch.eye(len(gram)).to(gram), float("inf")
+    if count == units:
+        return best
+    for _ in range(_RESTARTS):
+        labels = _distances(gram, _spread(gram, count, generator)).argmin(1)
+        for _ in range(_SWEEPS):
+            members = torch.nn.functional.one_hot(labels, count).to(gram)
+            far = _distances(gram, members / members.sum(0).clamp_min(1))
+            far[:, members.sum(0) == 0] = torch.inf
+            nearest, now = far.min(1)
+            lonely = nearest.clone()
+            for empty in set(range(count)) - set(now.tolist()):
+                # Only units that leave somebody behind may start a new cluster.
+                crowded = torch.bincount(now, minlength=count)[now] > 1
+                unit = int(torch.where(crowded, lonely, -torch.inf).argmax())
+                now[unit], lonely[unit] = empty, -1.0
+            if torch.equal(now, labels):
+                break
+            labels = now
+        members = torch.nn.functional.one_hot(labels, count).to(gram)
+        spread = float(_distances(gram, members / members.sum(0)).gather(1, labels[:, None]).sum())
+        if spread < least:
+            best, least = members, spread
+    return best
+
+
+def _spread(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """First centres (U, count): units far from each other, by chance (k-means++)."""
+    chosen = [int(torch.randint(len(gram), (), generator=generator))]
+    single = torch.eye(len(gram)).to(gram)
+    for _ in range(count - 1):
+        chances = _distances(gram, single[:, chosen]).min(1).values.clamp_min(0)
+        chances[chosen] = 0
+        if not chances.any():
+            chances = 1 - single[chosen].sum(0)
+        chosen.append(int(torch.multinomial(chances, 1, generator=generator)))
+    return single[:, chosen]
+
+
+def _distances(gram: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances (U, count) of units to centres given as mixtures of units."""
+    mixed = gram @ centres
+    return gram.diagonal()[:, None] - 2 * mixed + (centres * mixed).sum(0)

@@ -1,0 +1,325 @@
+"""Cases worked out by hand and identities that must hold to many digits."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cmlora.adapters.merging import merge
+from cmlora.adapters.merging.agree import elect
+from cmlora.adapters.merging.align import align_pair
+from cmlora.adapters.merging.factors import Pair, canonical, inner, nearest, svd
+from cmlora.adapters.merging.iso import iso_c, iso_cts
+from cmlora.adapters.merging.knots import aligned, knots_ties
+from cmlora.adapters.merging.lego import lego
+from cmlora.adapters.merging.rmm import components, load, pack, rebuild, save
+from cmlora.adapters.merging.sparse import ties
+from cmlora.adapters.merging.sparsify import by_rank, largest, middle, random
+from cmlora.adapters.merging.tsv import tsv_m
+from cmlora.errors import CmloraError
+from cmlora.lora import LoRA, Update
+from tests.merging import references
+from tests.merging.makers import SHAPES, distance, make, named, permuted, regauged, without
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def a_pair(seed: int, rows: int = 11, columns: int = 13, rank: int = 3) -> Pair:
+    g = generator(seed)
+    up = torch.randn((rows, rank), generator=g, dtype=torch.double)
+    return Pair(up, torch.randn((rank, columns), generator=g, dtype=torch.double))
+
+
+def product(pair: Pair) -> Tensor:
+    return pair.up @ pair.down
+
+
+def row(*values: float) -> Pair:
+    """A matrix with one row."""
+    return Pair(torch.ones(1, 1, dtype=torch.double), torch.tensor([values], dtype=torch.double))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
+def test_factors_against_dense_matrices(seed: int, rows: int, columns: int, rank: int) -> None:
+    one, other = a_pair(seed, rows, columns, rank), a_pair(seed + 1, rows, columns, rank)
+    u, s, vh = svd(one)
+    assert torch.allclose(u @ s.diag() @ vh, product(one))
+    assert math.isclose(
+        inner(one, other), float((product(one) * product(other)).sum()), abs_tol=1e-9
+    )
+    assert math.isclose(one.norm(), float(product(one).norm()), rel_tol=1e-9)
+    for keep in range(1, min(rows, columns) + 1):
+        expected = references.cut(product(one).numpy(), keep)
+        found = product(nearest(product(one), keep)).numpy()
+        assert np.linalg.norm(found - expected) < 1e-5 * (1 + np.linalg.norm(expected))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6))
+def test_canonical_factors_are_the_same_for_every_gauge(seed: int) -> None:
+    pair = a_pair(seed)
+    mix = torch.randn((3, 3), generator=generator(seed), dtype=torch.double) + 3 * torch.eye(3)
+    other = canonical(Pair(pair.up @ mix, torch.linalg.inv(mix) @ pair.down))
+    assert torch.allclose(other.up, canonical(pair).up, atol=1e-6)
+    assert torch.allclose(product(other), product(pair), atol=1e-9)
+
+
+@pytest.mark.parametrize("how", ["permute", "procrustes"])
+def test_alignment_finds_a_changed_copy(how: str) -> None:
+    pytest.importorskip("scipy")
+    pair = a_pair(0, rank=4)
+    order = torch.tensor([2, 0, 3, 1])
+    turn = torch.linalg.qr(torch.randn((4, 4), generator=generator(), dtype=torch.double)).Q
+    copy = Pair(pair.up[:, order], pair.down[order])
+    if how == "procrustes":
+        copy = Pair(pair.up @ turn, turn.T @ pair.down)
+    found = align_pair(copy, pair, how)  # type: ignore[arg-type]
+    assert torch.allclose(found.up, pair.up, atol=1e-9)
+    assert torch.allclose(found.down, pair.down, atol=1e-9)
+
+
+def test_truncation_loses_what_eckart_and_young_say() -> None:
+    loras = [make("a"), make("b")]
+    exact = merge(loras, [0.8, 0.6], "cat").lora
+    merged = merge(loras, [0.8, 0.6], "svd", rank=2)
+    lost = total = 0.0
+    for update in exact.updates.values():
+        values = torch.linalg.svdvals(update.delta().double().flatten(1)).square()
+        lost, total = lost + float(values[2:].sum()), total + float(values.sum())
+    assert merged.report.error == pytest.approx(math.sqrt(lost / total), abs=1e-6)
+
+
+def test_clamping_clips_singular_vectors() -> None:
+    lora = make("a")
+    plain, clamped = (merge([lora], [1.0], "svd", clamp=q).lora for q in (1.0, 0.9))
+    assert distance(plain, lora) < 1e-5
+    module = min(SHAPES)
+    assert clamped.updates[module].up.abs().max() < plain.updates[module].up.abs().max()
+
+
+def test_ties_by_hand() -> None:
+    pairs = [row(3, -1, 0.5, 2), row(1, 2, -4, 0.1)]
+    found = ties(pairs, [1.0, 1.0], density=0.75)
+    assert found.value.tolist() == [[2.0, 2.0, -4.0, 2.0]]  # type: ignore[union-attr]
+    # Six of eight entries are left and -1 and 0.5 lose, but 0.5 was trimmed: two places disagree.
+    assert found.notes["contested"] == pytest.approx(1 / 4)
+    assert found.notes["kept"] == pytest.approx(5 / 6)
+
+
+def test_a_negative_weight_can_vote_negatively() -> None:
+    matrices = [torch.tensor([[3.0]]), torch.tensor([[2.0]])]
+    assert elect(matrices, [1.0, -2.0]).value.tolist() == [[-0.5]]
+    assert elect(matrices, [1.0, -2.0], signed_vote=True).value.tolist() == [[-4.0]]
+    assert elect([*matrices, torch.tensor([[-9.0]])], [1, 1, 1]).value.tolist() == [[-9.0]]
+    found = elect([*matrices, torch.tensor([[-9.0]])], [1, 1, 1], "frequency")
+    assert found.value.tolist() == [[2.5]]
+
+
+def test_a_tie_and_zeros_are_positive() -> None:
+    matrices = [torch.tensor([[2.0, 0.0]]), torch.tensor([[-2.0, 0.0]])]
+    assert elect(matrices, [1.0, 1.0]).value.tolist() == [[2.0, 0.0]]
+
+
+def test_middle_by_hand() -> None:
+    found = middle(torch.tensor([[5.0, -4.0], [3.0, 1.0]]), 0.5, 0.25)
+    assert found.tolist() == [[0.0, -4.0], [3.0, 0.0]]
+    assert int(largest(torch.randn(7, 9, generator=generator()), 0.3).count_nonzero()) == 18
+
+
+@pytest.mark.parametrize("chance", ["random", "by_rank"])
+def test_random_entries_have_the_matrix_as_their_mean(chance: str) -> None:
+    matrix = torch.randn((8, 9), generator=generator())
+    draws, density, g = 3000, 0.3, generator(1)
+    total = torch.zeros_like(matrix)
+    for _ in range(draws):
+        total += (
+            random(matrix, density, g) if chance == "random" else by_rank(matrix, density, 0.2, g)
+        )
+    error = float((total / draws - matrix).norm() / matrix.norm())
+    assert error <= 1.15 * math.sqrt((1 - density) / (density * draws))
+
+
+def test_larger_entries_are_kept_more_often() -> None:
+    matrix = torch.arange(1.0, 11.0)[None]
+    g = generator()
+    kept = sum((by_rank(matrix, 0.5, 0.8, g) != 0).double() for _ in range(2000)) / 2000
+    assert not isinstance(kept, float)
+    expected = torch.linspace(0.1, 0.9, 10, dtype=torch.double)
+    assert torch.allclose(kept[0], expected, atol=0.05)
+
+
+def test_means_on_the_sphere_have_the_length_between() -> None:
+    one, other = make("a"), make("b")
+    for method in ("slerp", "karcher"):
+        mean = merge([one, other], [1.0, 3.0], method).lora
+        for module, update in mean.updates.items():
+            sizes = one.updates[module].norm(), other.updates[module].norm()
+            assert update.norm() == pytest.approx(0.25 * sizes[0] + 0.75 * sizes[1], rel=1e-5)
+    opposite = replace(
+        one, name="c", updates={m: replace(u, scale=-u.scale) for m, u in one.updates.items()}
+    )
+    for method in ("slerp", "karcher"):
+        with pytest.raises(CmloraError, match="opposite"):
+            merge([one, opposite], [1.0, 1.0], method)
+
+
+def test_knots_without_pruning_is_the_sum_and_never_larger() -> None:
+    pairs = [a_pair(0, rank=3), a_pair(1, rank=2)]
+    basis, tasks = aligned(pairs)
+    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.double), atol=1e-9)
+    total = basis @ (0.8 * tasks[0] + 0.6 * tasks[1])
+    assert torch.allclose(total, 0.8 * product(pairs[0]) + 0.6 * product(pairs[1]), atol=1e-9)
+    found = knots_ties(pairs, [1.0, 1.0]).value
+    assert isinstance(found, Pair)
+    assert found.rank <= 5
+
+
+def test_iso_has_one_singular_value_and_the_nuclear_norm() -> None:
+    pairs = [a_pair(0), a_pair(1)]
+    before = torch.linalg.svdvals(product(pairs[0]) + product(pairs[1]))
+    after = torch.linalg.svdvals(product(iso_c(pairs, [1.0, 1.0])))
+    assert float(after.sum()) == pytest.approx(float(before.sum()), rel=1e-9)
+    assert float(after[:6].std()) < 1e-9
+    three = torch.linalg.svdvals(product(iso_c(pairs, [1.0, 1.0], rank=3)))
+    assert float(three.sum()) == pytest.approx(float(before[:3].sum()), rel=1e-9)
+    assert iso_cts(pairs, [1.0, 1.0], rank=3).rank <= 3
+    shared = torch.linalg.svdvals(product(iso_cts(pairs, [1.0, 1.0], common=0.6)))
+    assert float(shared[:6].std()) < 1e-9
+
+
+def test_tsv_of_orthogonal_loras_is_their_sum() -> None:
+    left, right = (torch.linalg.qr(a_pair(s, 12, 12, 12).up).Q for s in (0, 1))
+    pairs = [Pair(left[:, 3 * i : 3 * i + 3], right[3 * i : 3 * i + 3]) for i in range(3)]
+    found = product(tsv_m(pairs, [1.0, 0.5, -2.0]))
+    weights = (1.0, 0.5, -2.0)
+    expected = sum(w * product(p) for w, p in zip(weights, pairs, strict=True))
+    assert not isinstance(expected, float)
+    assert torch.allclose(found, expected, atol=1e-9)
+    many = tsv_m([a_pair(s, 6, 7, 4) for s in range(8)], [1.0] * 8)
+    assert many.rank <= 6
+
+
+def test_lego_makes_copies_one() -> None:
+    original = make("a", 4)
+    copies = [original, named(permuted(original), "b")]
+    assert distance(merge(copies, [1.0, 1.0], "lego").lora, original) < 1e-6
+    assert distance(merge(copies, [1.0, 1.0], "lego", gauge="raw").lora, original) < 1e-6
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    flipped = {
+        m: replace(u, up=u.up * signs, down=u.down * signs.reshape(-1, *[1] * (u.down.ndim - 1)))
+        for m, u in original.updates.items()
+    }
+    copies[1] = LoRA("b", flipped)
+    assert distance(merge(copies, [1.0, 1.0], "lego").lora, original) < 1e-6
+    assert distance(merge(copies, [1.0, 1.0], "lego", gauge="raw").lora, original) > 0.1
+
+
+def test_lego_with_every_unit_its_own_cluster_is_the_sum() -> None:
+    loras = [make("a", 3), make("b", 2)]
+    found = merge(loras, [0.8, -0.6], "lego", rank=5, reweight=False)
+    assert found.report.error < 1e-6
+    stronger = merge(loras, [0.8, -0.6], "lego", rank=2)
+    assert stronger.report.rank == 2
+
+
+def test_lego_finds_the_best_clusters_of_a_few_units() -> None:
+    pairs = [a_pair(seed, 3, 4, 2) for seed in range(3)]
+    pool = torch.cat([torch.cat([p.up.T, p.down], 1) for p in pairs])
+    found = lego(pairs, [1.0] * 3, generator=generator(), rank=3, gauge="raw", reweight=False)
+    centres = torch.cat([found.up.T, found.down], 1)
+    # Centres are lengthened, which does not change who is nearest in direction: recover the groups.
+    lengths = pool.norm(dim=1)
+    groups: dict[int, list[int]] = {}
+    for unit in range(6):
+        best = int((pool[unit] @ centres.T / centres.norm(dim=1)).argmax())
+        groups.setdefault(best, []).append(unit)
+    spread = sum(float(((pool[g] - pool[g].mean(0)) ** 2).sum()) for g in groups.values())
+    assert spread == pytest.approx(references.clusters(pool.numpy(), 3), rel=1e-9)
+    for label, group in groups.items():
+        assert float(centres[label].norm()) == pytest.approx(float(lengths[group].mean()), rel=1e-6)
+
+
+def library(count: int = 6, rank: int = 4) -> list[LoRA]:
+    """LoRAs that are all near one, so that few basis vectors describe them well."""
+    base = make("base", rank)
+    return [
+        LoRA(
+            f"l{index}",
+            {m: Update(u.down, u.up * (1 + 0.1 * index), u.scale) for m, u in base.updates.items()},
+            triggers=(f"word {index}",),
+        )
+        for index in range(count)
+    ]
+
+
+def test_components_lose_the_tail() -> None:
+    vectors = torch.randn((5, 4, 6), generator=generator(), dtype=torch.double)
+    mean, basis, coefficients = components(vectors, 2)
+    lost = float((mean[..., None] + basis @ coefficients - vectors).square().sum())
+    tail = 0.0
+    for place in vectors.numpy():
+        values = np.linalg.svd(place - place.mean(1, keepdims=True))[1]
+        tail += float((values[2:] ** 2).sum())
+    assert lost == pytest.approx(tail, rel=1e-9)
+
+
+@pytest.mark.parametrize(("granularity", "size"), [("position", 1), ("module", 1)])
+def test_a_pack_gives_every_lora_back(tmp_path: Path, granularity: str, size: int) -> None:
+    loras = library(rank=8)
+    packed = pack(loras, size, granularity=granularity)  # type: ignore[arg-type]
+    path = str(tmp_path / "pack.safetensors")
+    save(packed, path)
+    again = load(path)
+    assert again.errors == packed.errors
+    original = sum(u.up.numel() + u.down.numel() for x in loras for u in x.updates.values())
+    assert packed.numbers < original
+    for lora in loras:
+        found = rebuild(again, lora.name)
+        assert found.triggers == lora.triggers
+        assert distance(found, lora) < 1e-5
+        assert packed.errors[lora.name] < 1e-5
+
+
+def test_a_pack_stores_what_the_formula_says() -> None:
+    shape, size, count, rank = SHAPES[min(SHAPES)], 2, 6, 8
+    loras = [LoRA(x.name, {min(SHAPES): x.updates[min(SHAPES)]}) for x in library(count, rank)]
+    positions = sum(shape)
+    by_position = pack(loras, size, granularity="position")
+    assert by_position.numbers == positions * (size * (rank + count) + rank)
+    whole = pack(loras, size)
+    assert whole.numbers == positions * rank * (size + 1) + size * count
+
+
+def test_a_full_basis_is_exact_for_different_loras() -> None:
+    loras = [make("a", 4), make("b", 2), without(make("c", 3), min(SHAPES))]
+    packed = pack(loras, 2, force=True)
+    for lora in loras:
+        assert distance(rebuild(packed, lora.name), lora) < 1e-5
+    assert max(pack(loras, 1, force=True).errors.values()) > 0.1
+    gauge = pack([loras[0], regauged(loras[1]), loras[2]], 1, force=True)
+    assert gauge.errors == pytest.approx(pack(loras, 1, force=True).errors, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "message"),
+    [(1, 0, "two or more"), (3, 3, "0 to 2"), (3, 2, "saves nothing")],
+)
+def test_packs_that_make_no_sense(count: int, size: int, message: str) -> None:
+    with pytest.raises(CmloraError, match=message):
+        pack(library(count), size)
+
+
+def test_what_is_no_pack(tmp_path: Path, lora_folder: Path) -> None:
+    with pytest.raises(CmloraError, match="is no pack"):
+        load(str(lora_folder / "cat.safetensors"))
+    with pytest.raises(CmloraError, match="it holds l0, l1"):
+        rebuild(pack(library(2), 0), "l7")

@@ -1,0 +1,145 @@
+"""Beside PEFT's `add_weighted_adapter`: the same where it adds up, and where it does not."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from cmlora.adapters.merging import merge
+from cmlora.lora import LoRA, Update
+
+
+class Two(nn.Module):
+    """A linear layer and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(9, 8)
+        self.conv = nn.Conv2d(4, 6, 3)
+
+
+def model(
+    names: Mapping[str, int], *, alpha: float = 4, copies: bool = False, rs: bool = False
+) -> Any:
+    """A PEFT model with random adapters, by name and seed."""
+    found: Any = None
+    for name, seed in names.items():
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["lin", "conv"], use_rslora=rs)
+        if found is None:
+            found = get_peft_model(Two(), config, adapter_name=name)  # type: ignore[arg-type]
+        else:
+            found.add_adapter(name, config)
+        g = torch.Generator().manual_seed(0 if copies else seed)
+        for key, parameter in found.named_parameters():
+            if f".{name}." in key:
+                parameter.data = torch.randn(parameter.shape, generator=g)
+    return found
+
+
+def ours(peft: Any, name: str) -> LoRA:
+    updates = {}
+    for module in ("lin", "conv"):
+        layer = peft.base_model.model.get_submodule(module)
+        down, up = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+        updates[f"unet.{module}"] = Update(down, up.flatten(1), layer.scaling[name])
+    return LoRA(name, updates)
+
+
+def theirs(peft: Any, weights: Mapping[str, float], **options: Any) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.add_weighted_adapter(list(weights), list(weights.values()), "merged", **options)
+    layers = {m: peft.base_model.model.get_submodule(m) for m in ("lin", "conv")}
+    return {f"unet.{m}": layer.get_delta_weight("merged").detach() for m, layer in layers.items()}
+
+
+def gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    return max(float((found[m] - expected[m]).norm() / expected[m].norm()) for m in expected)
+
+
+WEIGHTS = {"a": 0.8, "b": 0.6}
+SEEDS = {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+@pytest.mark.parametrize(
+    ("kind", "method", "options"),
+    [
+        ("cat", "cat", {}),
+        ("svd", "svd", {"rank": 3}),
+        ("linear", "factor_linear", {}),
+        ("ties", "ties", {"density": 0.5, "space": "factor"}),
+        ("magnitude_prune", "magnitude", {"density": 0.5, "space": "factor"}),
+        ("ties_svd", "ties", {"density": 0.5, "rank": 3}),
+        ("magnitude_prune_svd", "magnitude", {"density": 0.5, "rank": 3}),
+    ],
+)
+def test_same(kind: str, method: str, options: dict[str, Any], alpha: float) -> None:
+    if "factor" in (method[:6], options.get("space")) and alpha != 4:
+        pytest.skip("factors are pruned after the scale here and before it there")
+    peft = model(SEEDS, alpha=alpha)
+    given = {"svd_rank": options["rank"]} if "rank" in options else {}
+    given |= {"density": options["density"]} if "density" in options else {}
+    expected = theirs(peft, WEIGHTS, combination_type=kind, **given)
+    loras = [ours(peft, name) for name in WEIGHTS]
+    found = merge(loras, list(WEIGHTS.values()), method, **options).lora.deltas()
+    assert gap(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_their_linear_makes_n_copies_n_times_too_strong(count: int) -> None:
+    names = {f"x{i}": i for i in range(count)}
+    peft = model(names, copies=True)
+    original = ours(peft, "x0").deltas()
+    weights = dict.fromkeys(names, 1 / count)
+    wrong = theirs(peft, weights, combination_type="linear")
+    right = merge([ours(peft, n) for n in names], list(weights.values()), "linear").lora.deltas()
+    for module, delta in original.items():
+        assert float(wrong[module].norm() / delta.norm()) == pytest.approx(count, rel=1e-4)
+        assert float(right[module].norm() / delta.norm()) == pytest.approx(1, rel=1e-5)
+
+
+def test_their_linear_is_far_from_the_sum_of_different_loras() -> None:
+    peft = model(SEEDS)
+    loras = [ours(peft, name) for name in WEIGHTS]
+    exact = merge(loras, list(WEIGHTS.values()), "linear").lora.deltas()
+    assert gap(theirs(peft, WEIGHTS, combination_type="linear"), exact) > 0.8
+
+
+def test_a_rank_stabilised_scale_is_not_applied_twice() -> None:
+    peft = model(SEEDS, alpha=4, rs=True)
+    loras = [ours(peft, name) for name in WEIGHTS]
+    merged = merge(loras, list(WEIGHTS.values()), "cat")
+    sums = {
+        module: sum(
+            w * lora.updates[module].delta()
+            for lora, w in zip(loras, WEIGHTS.values(), strict=True)
+        )
+        for module in loras[0].updates
+    }
+    assert merged.report.error < 1e-6
+    assert gap(merged.lora.deltas(), sums) < 1e-5  # type: ignore[arg-type]
+    assert all(update.scale == 1 for update in merged.lora.updates.values())
+    wrong = theirs(peft, WEIGHTS, combination_type="cat")
+    factor = float(wrong["unet.lin"].norm() / torch.as_tensor(sums["unet.lin"]).norm())
+    # The rank of the merged adapter is 8, and its scale the root of that instead of 1.
+    assert factor == pytest.approx(8**0.5, rel=1e-4)
+
+
+def test_their_election_ignores_the_sign_of_weights() -> None:
+    peft = model({"a": 1, "b": 1}, copies=True)
+    weights = {"a": 1.0, "b": -2.0}
+    loras = [ours(peft, name) for name in weights]
+    options = {"density": 0.99}
+    wrong = theirs(peft, weights, combination_type="ties_svd", svd_rank=4, **options)
+    same = merge(loras, [1.0, -2.0], "ties", rank=4, **options).lora.deltas()
+    voted = merge(loras, [1.0, -2.0], "ties", rank=4, signed_vote=True, **options).lora.deltas()
+    assert gap(wrong, same) < 1e-3
+    # Every vote for b is against a and heavier: the result is b's negative, not a mean of both.
+    expected = {module: -2 * delta for module, delta in loras[1].deltas().items()}
+    assert gap(voted, expected) < 0.05
+    assert gap(wrong, expected) > 0.5
