@@ -8,9 +8,12 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from cmlora import __version__
+from cmlora.cli.analyze import analyze
 from cmlora.cli.compare import compare
+from cmlora.cli.compress import compress
 from cmlora.cli.console import err
 from cmlora.cli.cost import cost
+from cmlora.cli.doctor import doctor
 from cmlora.cli.env import env
 from cmlora.cli.generate import generate
 from cmlora.cli.inspect import inspect
@@ -82,6 +85,9 @@ for command, panel in (
     (cost, PICTURES),
     (profile, PICTURES),
     (inspect, FILES),
+    (compress, FILES),
+    (doctor, FILES),
+    (analyze, FILES),
     (methods, STUDIES),
     (env, STUDIES),
 ):

@@ -1,0 +1,161 @@
+"""A whole denoiser in compact forms, layer by layer, and back from disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cmlora import container
+from cmlora.adapters.compression.form import Method, dense, from_tensors, nbytes
+from cmlora.adapters.compression.layers import (
+    CompactConv2d,
+    CompactLinear,
+    fits,
+    matrix_of,
+    wrap,
+)
+from cmlora.errors import CmloraError
+
+_HEADER = "cmlora.compact"
+
+
+class Saved(NamedTuple):
+    """What happened to one layer.
+
+    Args:
+        before: bytes of its matrix.
+        after: bytes of what is stored now, indices included.
+        error: of its outputs on the calibration inputs, relative; of the matrix without them.
+    """
+
+    before: int
+    after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What became of a model.
+
+    Args:
+        layers: by module name, those in a compact form.
+        kept: names of those left as they were: no form would have been smaller.
+        before: bytes of all parameters and buffers before.
+        after: the same now.
+    """
+
+    layers: dict[str, Saved]
+    kept: tuple[str, ...]
+    before: int
+    after: int
+
+
+def compress(
+    model: nn.Module,
+    method: Method,
+    keep: float,
+    grams: Mapping[str, Tensor] | None = None,
+    least: int = 64,
+) -> Compressed:
+    """Put every linear layer and convolution of a model into a compact form, in place.
+
+    Args:
+        model: any; layers inside others are found by name.
+        method: an entry of `cmlora.adapters.compression.COMPRESSIONS`.
+        keep: share of each matrix's bytes.
+        grams: see `cmlora.adapters.compression.calibration.grams`; layers without one count all
+            inputs alike.
+        least: layers with fewer inputs or outputs stay as they are.
+
+    Raises:
+        CmloraError: if no layer could be made smaller.
+    """
+    before, kept, layers = model_bytes(model), [], {}
+    for name, layer in [pair for pair in model.named_modules() if fits(pair[1])]:
+        matrix = matrix_of(layer)
+        gram = (grams or {}).get(name)
+        form = None if min(matrix.shape) < least else method(matrix, keep, gram)
+        size = matrix.numel() * matrix.element_size()
+        if form is None or nbytes(form) >= size:
+            kept.append(name)
+            continue
+        error = relative_error(matrix, dense(form), gram)
+        layers[name] = Saved(size, nbytes(form), error)
+        put(model, name, wrap(layer, form))
+    if not layers:
+        raise CmloraError(f"no layer of {type(model).__name__} becomes smaller at {keep:g}")
+    return Compressed(layers, tuple(kept), before, model_bytes(model))
+
+
+def relative_error(matrix: Tensor, other: Tensor, gram: Tensor | None = None) -> float:
+    """``|X (A - B)^T| / |X A^T|`` for inputs X with this gram; all inputs alike without one."""
+
+    def size(m: Tensor) -> float:
+        if gram is None:
+            return float(m.square().sum())
+        blocks = gram.double() if gram.ndim == 3 else gram.double()[None]
+        parts = m.reshape(len(m), len(blocks), -1)
+        return float(torch.einsum("obg,bgh,obh->", parts, blocks, parts))
+
+    whole = size(matrix.double())
+    lost = max(size(matrix.double() - other.double()), 0.0)
+    return math.sqrt(lost / whole) if whole > 0 else 0.0
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of everything a model stores."""
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the one with this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a model with compact layers; `load` puts it back into a model of the same kind.
+
+    Raises:
+        CmloraError: if the place cannot be written to.
+    """
+    kinds = {
+        name: layer.kind
+        for name, layer in model.named_modules()
+        if isinstance(layer, CompactLinear | CompactConv2d)
+    }
+    container.save(path, model.state_dict(), {_HEADER: json.dumps(kinds, sort_keys=True)})
+
+
+def load(model: nn.Module, path: str | Path) -> None:
+    """Put what `save` wrote into a model that is built like the one it came from, in place.
+
+    Raises:
+        CmloraError: if the file is not one of `save`, or is for another model; the model may then
+            be half changed.
+    """
+    try:
+        kinds = json.loads(container.header(path).metadata.get(_HEADER, ""))
+    except ValueError:
+        raise CmloraError(f"{path} is not a compressed model") from None
+    tensors: dict[str, Tensor] = load_file(path)
+    for name, kind in kinds.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            raise CmloraError(f"{path} has a layer {name} that the model has not") from None
+        start = f"{name}.form_"
+        own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+        outputs, inputs = matrix_of(layer).shape
+        put(model, name, wrap(layer, from_tensors(kind, own, (outputs, inputs))))
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    if missing or unexpected:
+        raise CmloraError(f"{path} is for another model: {', '.join([*missing, *unexpected][:3])}")

@@ -1,0 +1,106 @@
+"""`cmlora analyze`: what a whole folder of LoRAs is made of."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from cmlora.cli.console import emit, err, out, status
+from cmlora.cli.options import AsJson
+from cmlora.errors import CmloraError
+
+
+def analyze(
+    what: Annotated[str, typer.Argument(help="library")],
+    folder: Annotated[Path, typer.Argument(help="A folder of LoRA files for one model.")],
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="CSV of measured pairs, NAME,NAME,SCORE; the other pairs are guessed."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the similarities into this .png or .svg.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find neighbours, duplicates and clusters in a folder of LoRAs, and promising pairs.
+
+    Example: [bold]cmlora analyze library loras/ --scores measured.csv[/bold]
+    """
+    from dataclasses import replace
+
+    from cmlora.adapters.analysis.heatmap import Heatmap
+    from cmlora.adapters.analysis.library import survey
+    from cmlora.adapters.analysis.mismatch import check_families
+    from cmlora.adapters.analysis.pairs import predict
+    from cmlora.files import read
+    from cmlora.pipelines.library import SUFFIX
+
+    if what != "library":
+        raise CmloraError(f"cannot analyze {what!r}; known: library")
+    if not folder.is_dir():
+        raise CmloraError(f"{folder} is not a folder")
+    if plot is not None and plot.exists() and not force:
+        raise CmloraError(f"{plot} exists; --force replaces it")
+    paths = sorted(folder.glob(f"*{SUFFIX}"))
+    if len(paths) < 2:
+        raise CmloraError(f"{folder} holds {len(paths)} {SUFFIX} files; two or more are compared")
+    measured = {} if scores is None else _scores(scores)
+    with status("comparing"):
+        loras = [replace(read(path), name=path.stem) for path in paths]
+        family = check_families(loras)
+        found = survey(loras)
+    guesses = predict(found.names, measured) if scores is not None else None
+    if plot is not None:
+        rows = tuple(tuple(map(float, row)) for row in found.similarity)
+        Heatmap("cosine of the updates", found.names, found.names, rows).save(plot)
+        err.print(f"wrote {plot}")
+    if as_json:
+        result = {"family": family, **found.json()}
+        if guesses is not None:
+            result["guesses"] = {
+                **guesses._asdict(),
+                "pairs": [guess._asdict() for guess in guesses.pairs],
+            }
+        emit(result)
+        return
+    clusters = {name: i + 1 for i, group in enumerate(found.clusters) for name in group}
+    table = Table("LoRA", "cluster", "nearest", title=f"{len(found.names)} LoRAs for {family}")
+    for name, near in found.neighbours().items():
+        listed = ", ".join(f"{other} {cosine:+.2f}" for other, cosine in near)
+        table.add_row(name, str(clusters[name]), listed)
+    out.print(table)
+    for group in found.duplicates:
+        out.print(f"the same: {', '.join(group)}", soft_wrap=True)
+    for guess in guesses.pairs[:5] if guesses is not None else ():
+        out.print(f"try {guess.one} with {guess.other}: {guess.score:.3g} expected")
+    if guesses is not None and guesses.error is not None:
+        out.print(f"typical error {guesses.error:.2g}, of the mean alone {guesses.plain:.2g}")
+
+
+def _scores(path: Path) -> dict[tuple[str, str], float]:
+    """The rows of a CSV file; a first row without a number is a heading."""
+    found: dict[tuple[str, str], float] = {}
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CmloraError(f"cannot read {path}: {error}") from None
+    for number, row in enumerate(rows, 1):
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
+            continue
+        try:
+            one, other, score = cells[0], cells[1], float(cells[2])
+        except (IndexError, ValueError):
+            if number == 1:
+                continue
+            score, one, other = math.nan, "", ""
+        if not math.isfinite(score) or len(cells) != 3:
+            raise CmloraError(f"{path}, line {number}: expected NAME,NAME,SCORE")
+        if (one, other) in found:
+            raise CmloraError(f"{path}, line {number}: {one} and {other} have two scores")
+        found[one, other] = score
+    return found

@@ -1,0 +1,73 @@
+"""`cmlora doctor`: how LoRAs will get along, before anything is rendered."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from cmlora.cli.console import emit, err, out, status
+from cmlora.cli.options import AsJson, LoRAFolder
+from cmlora.errors import CmloraError
+
+
+def doctor(
+    loras: Annotated[list[str], typer.Argument(help="LoRA files, or ids of embedded LoRAs.")],
+    base: Annotated[
+        str | None, typer.Option(help="What they are used with: sd15, sd2, sdxl, sd3, flux.")
+    ] = None,
+    lora_dir: LoRAFolder = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw cosines by block into this .png or .svg.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find conflicts between LoRAs from their files alone, and what to do about each.
+
+    Example: [bold]cmlora doctor character_1 style_1 --plot conflicts.svg[/bold]
+    """
+    from dataclasses import replace
+
+    from cmlora.adapters.analysis.doctor import examine
+    from cmlora.adapters.analysis.heatmap import of_pairs
+    from cmlora.files import read
+    from cmlora.frequency.card import read_card
+    from cmlora.pipelines.library import adapter_name, find
+    from cmlora.pipelines.models import EMBEDDED
+
+    if plot is not None and plot.exists() and not force:
+        raise CmloraError(f"{plot} exists; --force replaces it")
+    paths: dict[str, Path] = {}
+    for reference in loras:
+        path = find(reference, model=EMBEDDED, folder=lora_dir)
+        paths[adapter_name(path, paths)] = path
+    with status("reading"):
+        found = [replace(read(path), name=name) for name, path in paths.items()]
+    cards = {name: read_card(path) for name, path in paths.items()}
+    frequency = {name: card.frequency for name, card in cards.items() if card is not None}
+    with status("comparing"):
+        report = examine(found, base, frequency)
+    pairs = report.pairs()
+    if plot is not None:
+        of_pairs("cosine of the updates by block", pairs).save(plot)
+        err.print(f"wrote {plot}")
+    if as_json:
+        emit(report.json())
+        return
+    facts = report.findings
+    table = Table("LoRA", "size", "detail", "spikes", title=f"for {report.family}")
+    for name, norm, depth in zip(facts.names, facts.norms, facts.detail, strict=True):
+        place = f"{depth:.2f}" if math.isfinite(depth) else "-"
+        table.add_row(name, f"{norm:.3g}", place, str(len(facts.spikes[name])))
+    out.print(table)
+    if pairs:
+        table = Table("pair", "cosine", "shared directions", "strength of the sum")
+        for pair in pairs:
+            numbers = f"{pair['cosine']:+.3f}", f"{pair['shared_directions']:.0%}"
+            table.add_row(" / ".join(pair["loras"]), *numbers, f"{pair['stacking']:.2f}")
+        out.print(table)
+    for advice in report.advice:
+        out.print(f"[bold]{advice.topic}:[/bold] {advice.do}", soft_wrap=True)
+        out.print(f"  because {advice.because}", soft_wrap=True)

@@ -1,0 +1,61 @@
+"""`cmlora compress` as a user meets it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cmlora.cli.app import app
+from cmlora.files import read
+
+
+def test_a_smaller_file(lora_folder: Path, tmp_path: Path) -> None:
+    source, small = lora_folder / "cat.safetensors", tmp_path / "small.safetensors"
+    arguments = ["compress", str(source), "--method", "fixed", "--keep", "1", "--out", str(small)]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["bytes_after"] == small.stat().st_size < source.stat().st_size
+    assert 0 < report["error"] < 1
+    assert report["rank"] == [1, 1]
+    assert read(small).triggers == ("the cat",)
+    again = CliRunner().invoke(app, arguments)
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert "--force" in again.stderr
+    result = CliRunner().invoke(app, [*arguments, "--force", "--half"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "norm lost" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--method", "enrgy"], "did you mean energy"),
+        (["--keep", "1.5"], "up to 1"),
+        (["--keep", "nan"], "finite"),
+        (["--out", "small.bin"], ".safetensors"),
+        (["--out", "/nowhere/small.safetensors"], "cannot write"),
+    ],
+)
+def test_one_line_for_a_mistake(
+    lora_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = str(lora_folder / "cat.safetensors")
+    result = CliRunner().invoke(app, ["compress", source, "--out", "a.safetensors", *extra])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.strip()]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_is_never_replaced(lora_folder: Path) -> None:
+    source = str(lora_folder / "cat.safetensors")
+    result = CliRunner().invoke(app, ["compress", source, "--out", source, "--force"])
+    assert result.exit_code == 2
+    assert "the LoRA itself" in result.stderr
