@@ -12,6 +12,7 @@ from cmlora.cli.analyze import analyze
 from cmlora.cli.compare import compare
 from cmlora.cli.compress import compress
 from cmlora.cli.console import err
+from cmlora.cli.convert import convert
 from cmlora.cli.cost import cost
 from cmlora.cli.doctor import doctor
 from cmlora.cli.env import env
@@ -85,6 +86,7 @@ for command, panel in (
     (cost, PICTURES),
     (profile, PICTURES),
     (inspect, FILES),
+    (convert, FILES),
     (compress, FILES),
     (doctor, FILES),
     (analyze, FILES),

@@ -1,0 +1,427 @@
+"""What every tuner shares: a wrapped linear or convolution layer and the plug into PEFT.
+
+A tuner says how its tensors start and what update of the flattened weight (O, I) they stand for;
+I is the number of weights per output, in channels times kernel for a convolution. Everything else
+is here, once: forward, merging, strengths, several adapters. The wrapped weight never changes at
+the start, so adapters can be added, scaled and removed independently of each other.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cmlora.errors import CmloraError
+
+
+@dataclass
+class TunerConfig(PeftConfig):  # type: ignore[misc]
+    """Settings that all tuners have.
+
+    Args:
+        r: rank, or whatever number takes its place in a method.
+        alpha: the update is multiplied by alpha / r; ``None`` is by 1.
+        target_modules: names of layers or their endings, or one regular expression.
+        exclude_modules: layers to leave out, in the same form.
+        modules_to_save: layers that are trained and saved whole.
+        bias: only "none"; PEFT asks for it.
+        seed: of everything random. Frozen random tensors are drawn again from it after loading.
+    """
+
+    r: int = 8
+    alpha: float | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    seed: int = 0
+    method: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method:
+            self.peft_type = peft_type(self.method)
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise CmloraError(f"{self.method}: r is {self.r!r}, not a whole number from 1")
+        if self.bias != "none":
+            raise CmloraError(f"{self.method}: bias is {self.bias!r}; only 'none' is supported")
+
+    def strength(self) -> float:
+        """What the update is multiplied by at weight 1."""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+
+class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A linear or convolution layer with updates by adapter name.
+
+    Subclasses set `trained` and `stored` (tensors that are not trained but saved), define `start`
+    and one of `factors` and `update`, and may define `constants` and `bias_update`.
+
+    Args:
+        base_layer: the layer, possibly wrapped by another tuner already.
+        adapter_name: of the first adapter.
+        config: its settings.
+        key: name of the layer in the model; different layers draw different random numbers.
+    """
+
+    method: ClassVar[str] = ""
+    trained: ClassVar[tuple[str, ...]] = ()
+    stored: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        prefix = _prefix(cls.method)
+        cls.adapter_layer_names = tuple(prefix + title for title in cls.trained)
+        plain = ("r", "scaling", "config", "seeds", "initial", "frozen_tensors", "state")
+        cls.other_param_names = (*(prefix + title for title in cls.stored), *plain)
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: TunerConfig, key: str
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ParameterDict())
+        for title in self.stored:
+            setattr(self, _prefix(self.method) + title, BufferDict(persistent=True))
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.initial: dict[str, float] = {}
+        self.config: dict[str, Any] = {}
+        self.seeds: dict[str, int] = {}
+        self.state: dict[str, Any] = {}
+        self.frozen_tensors: dict[str, dict[str, Tensor]] = {}
+        self._backup: tuple[Tensor, Tensor | None] | None = None
+        self._merged_with: dict[str, float] = {}
+        self._disable_adapters = False
+        self._active_adapter: Any = adapter_name
+        self.merged_adapters: list[str] = []
+        self.update_layer(adapter_name, config, key)
+
+    # What a method defines.
+
+    def start(self, name: str) -> dict[str, Tensor]:
+        """Initial values of the trained and the stored tensors."""
+        raise NotImplementedError
+
+    def constants(self, name: str) -> dict[str, Tensor]:
+        """Frozen tensors that follow from the weight or the seed; computed when first needed."""
+        return {}
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Up (O, R) and down (R, I) whose product is `update`, if there are any."""
+        return None
+
+    def update(self, name: str) -> Tensor:
+        """The update of the flattened weight (O, I), without its strength; differentiable."""
+        factors = self.factors(name)
+        if factors is None:
+            raise NotImplementedError
+        return factors[0] @ factors[1]
+
+    def bias_update(self, name: str) -> Tensor | None:
+        """The update of the bias (O,), without its strength."""
+        return None
+
+    def mergeable(self, name: str) -> bool:
+        """Whether the adapter is an update of the weight, and not a function of its own."""
+        return True
+
+    # What a method uses.
+
+    def tensor(self, name: str, title: str) -> Tensor:
+        """A trained or stored tensor in at least single precision."""
+        tensor: Tensor = getattr(self, _prefix(self.method) + title)[name]
+        return full(tensor) if tensor.is_floating_point() else tensor
+
+    def frozen(self, name: str, title: str) -> Tensor:
+        """One of the `constants`, where the weight is."""
+        found = self.frozen_tensors.get(name)
+        device = self.get_base_layer().weight.device
+        if found is None or next(iter(found.values())).device != device:
+            with torch.no_grad():
+                found = {t: v.to(device) for t, v in (found or self.constants(name)).items()}
+            self.frozen_tensors[name] = found
+        return found[title]
+
+    def matrix(self) -> Tensor:
+        """The weight without any adapter, flattened to (O, I)."""
+        weight = self._backup[0] if self._backup else self.get_base_layer().weight
+        return full(weight.detach()).flatten(1)
+
+    def vector(self) -> Tensor | None:
+        """The bias without any adapter (O,)."""
+        bias = self._backup[1] if self._backup else self.get_base_layer().bias
+        return None if bias is None else full(bias.detach())
+
+    def random(self, name: str) -> torch.Generator:
+        """Random numbers of this adapter and layer, the same on every device."""
+        return generator(self.seeds[name])
+
+    # What PEFT and diffusers call.
+
+    def update_layer(
+        self, adapter_name: str, config: TunerConfig, key: str, inference_mode: bool = False
+    ) -> None:
+        """Adds an adapter."""
+        self._check(adapter_name, key)
+        # Text encoders carry the prefix or not, depending on the version of transformers.
+        place = key.removeprefix("text_model.")
+        self.seeds[adapter_name] = zlib.crc32(f"{config.seed}/{place}".encode())
+        self.config[adapter_name], self.r[adapter_name] = config, config.r
+        self.initial[adapter_name] = self.scaling[adapter_name] = config.strength()
+        self.frozen_tensors.pop(adapter_name, None)
+        with torch.no_grad():
+            values = self.start(adapter_name)
+        weight = self.get_base_layer().weight
+        for title, value in values.items():
+            held = getattr(self, _prefix(self.method) + title)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            value = value.to(weight.device, dtype if value.is_floating_point() else None)
+            value = value.clone(memory_format=torch.contiguous_format)
+            held[adapter_name] = nn.Parameter(value) if title in self.trained else value
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with the active adapters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for name in self.active_adapters:
+            if self.scaling.get(name, 0.0) != 0.0:
+                result = result + self.change(name, x).to(result.dtype)
+        return result
+
+    def change(self, name: str, x: Tensor) -> Tensor:
+        """What one adapter adds to the output for input ``x``, at its strength."""
+        factors = self.factors(name) if self._groups == 1 else None
+        bias = self.bias_update(name)
+        scale = self.scaling[name]
+        if factors is None:
+            shift = None if bias is None else bias * scale
+            return self.apply_matrix(x, self.update(name) * scale, shift)
+        up, down = factors
+        hidden = self.apply_matrix(x, down)
+        return self.apply_up(hidden, up * scale, None if bias is None else bias * scale)
+
+    def apply_matrix(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer with another flattened weight (any, I)."""
+        base = self.get_base_layer()
+        bias = None if bias is None else bias.to(x.dtype)
+        if isinstance(base, nn.Linear):
+            return functional.linear(x, matrix.to(x.dtype), bias)
+        kernel = matrix.reshape(-1, *base.weight.shape[1:]).to(x.dtype)
+        result: Tensor = base._conv_forward(x, kernel, bias)
+        return result
+
+    def apply_up(self, hidden: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Up (O, R) applied to the channels of the output of a down factor."""
+        up = up.to(hidden.dtype)
+        bias = None if bias is None else bias.to(hidden.dtype)
+        if isinstance(self.get_base_layer(), nn.Linear):
+            return functional.linear(hidden, up, bias)
+        return functional.conv2d(hidden, up[..., None, None], bias)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update at its present strength, shaped like the weight."""
+        self._need_mergeable(adapter)
+        shape = self.get_base_layer().weight.shape
+        return (self.update(adapter) * self.scaling[adapter]).reshape(shape)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the weight; the weight before is kept, and `unmerge` restores its bits.
+
+        Raises:
+            ValueError: if ``safe_merge`` finds that the result is not finite.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]
+        if not names:
+            return
+        for name in names:
+            self._need_mergeable(name)
+        base = self.get_base_layer()
+        scales = self._merged_with | {name: self.scaling[name] for name in names}
+        with torch.no_grad():
+            weight, bias = self.matrix().clone(), self.vector()
+            for name, scale in scales.items():
+                weight += self.update(name) * scale
+                shift = self.bias_update(name)
+                if shift is not None and bias is not None:
+                    bias = bias + shift * scale
+            if safe_merge and not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"{', '.join(names)}: the merged weight is not finite")
+            if self._backup is None:
+                kept = None if base.bias is None else base.bias.detach().clone()
+                self._backup = (base.weight.detach().clone(), kept)
+            base.weight.data.copy_(weight.reshape(base.weight.shape))
+            if bias is not None:
+                base.bias.data.copy_(bias)
+        self._merged_with = scales
+        self.merged_adapters = list(scales)
+
+    def unmerge(self) -> None:
+        """Puts the weight back as it was, bit for bit; without a merge it does nothing."""
+        if self._backup is None:
+            return
+        base = self.get_base_layer()
+        weight, bias = self._backup
+        base.weight.data.copy_(weight)
+        if bias is not None:
+            base.bias.data.copy_(bias)
+        self._backup, self._merged_with, self.merged_adapters = None, {}, []
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the weight of an adapter; 1 is the strength it was made with."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the strength of the active adapters; ``None`` sets it to that of weight 1."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.scaling[name] / scale if scale else self.initial[name]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can approximate the adapter by a LoRA."""
+        return adapter_name in self.scaling and self.mergeable(adapter_name)
+
+    @property
+    def _groups(self) -> int:
+        return int(getattr(self.get_base_layer(), "groups", 1))
+
+    def _need_mergeable(self, name: str) -> None:
+        if not self.mergeable(name):
+            raise CmloraError(
+                f"{name}: a {self.method} adapter with these settings is no update of the weight, "
+                "so it can be neither merged nor exported"
+            )
+
+    def _check(self, name: str, key: str) -> None:
+        base = self.get_base_layer()
+        if not isinstance(base, nn.Linear | nn.Conv2d):
+            raise CmloraError(
+                f"{key} is a {type(base).__name__}; {self.method} adapts Linear and Conv2d"
+            )
+        if not base.weight.is_floating_point():
+            raise CmloraError(f"{key} is quantized; {self.method} needs floating point weights")
+        if name in self.merged_adapters:
+            raise CmloraError(f"{name} is fused into {key}; unfuse it before adding it again")
+
+
+class TunerModel(BaseTuner):  # type: ignore[misc]
+    """Puts layers of one kind into a model."""
+
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _create_and_replace(
+        self,
+        config: TunerConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, config, current_key)
+            return
+        layer = self.tuner_layer_cls(target, adapter_name, config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A method as PEFT has it.
+
+    Args:
+        config: class (or function) that makes the settings.
+        model: the class that puts layers into a model.
+        options: settings that make it this method, for classes that several methods share.
+    """
+
+    config: Any
+    model: Any
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, **options: Any) -> Any:
+        """The settings of an adapter, for ``add_adapter`` or ``get_peft_model``."""
+        return self.config(**self.options | options)
+
+
+def plug(config: type[TunerConfig], layer: type[TunerLayer]) -> Tuner:
+    """Registers a method with PEFT, where its name begins with ``cm`` so that none is taken."""
+    kind = peft_type(config.method)
+    prefix = _prefix(config.method)
+    fields = {"prefix": prefix, "tuner_layer_cls": layer, "__module__": layer.__module__}
+    model = type(layer.__name__.removesuffix("Layer") + "Model", (TunerModel,), fields)
+    register_peft_method(name=kind.lower(), config_cls=config, model_cls=model, prefix=prefix)
+    return Tuner(config, model)
+
+
+def peft_type(method: str) -> Any:
+    """PEFT's type of a method of ours; added to its enumeration the first time."""
+    name = f"CM{method.upper()}"
+    if name in PeftType.__members__:
+        return PeftType[name]
+    # There is no public way, and transformers needs a member with a value, not only a string.
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    return member
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The tensor in at least single precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def generator(seed: int) -> torch.Generator:
+    """A stream of random numbers of its own; the global one is left alone."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def uniform(shape: tuple[int, ...], bound: float, random: torch.Generator) -> Tensor:
+    """Uniform numbers from -bound to bound."""
+    return (torch.rand(shape, generator=random) * 2 - 1) * bound
+
+
+def kaiming(rows: int, columns: int, random: torch.Generator) -> Tensor:
+    """(rows, columns), uniform within 1 / sqrt(columns): how PEFT starts a down factor."""
+    return uniform((rows, columns), columns**-0.5, random)
+
+
+def svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular vectors and values: (O, R), (R,), (R, I); R as far as there are."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def _prefix(method: str) -> str:
+    return f"cm{method}_"
