@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +18,8 @@ from cmlora.adapters.merging.check import check_shape, check_values
 from cmlora.adapters.merging.factors import Pair, canonical
 from cmlora.errors import CmloraError
 from cmlora.lora import LoRA, Update
+
+PathLike = str | os.PathLike[str]
 
 _KEY = "cmlora.pack"
 
@@ -156,13 +160,13 @@ def components(vectors: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return mean, u[..., :size], s[..., :size, None] * vh[..., :size, :]
 
 
-def save(packed: Pack, path: str) -> None:
+def save(packed: Pack, path: PathLike) -> None:
     """Writes a pack as safetensors; the file appears whole or not at all."""
     about = {"names": packed.names, "layout": packed.layout, "errors": packed.errors}
     container.save(path, dict(packed.tensors), {"format": "pt", _KEY: json.dumps(about)})
 
 
-def load(path: str) -> Pack:
+def load(path: PathLike) -> Pack:
     """Reads a pack.
 
     Raises:
@@ -180,6 +184,8 @@ def load(path: str) -> Pack:
         }
         if expected != tensors.keys():
             raise ValueError
+        if not all(re.fullmatch(r"[\w. -]*\w", name) for name in about["names"]):
+            raise ValueError  # names become file names
         return Pack(tuple(about["names"]), tensors, layout, about["errors"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CmloraError(f"{path}: the description of the pack is damaged") from None

@@ -18,8 +18,11 @@ from cmlora.cli.doctor import doctor
 from cmlora.cli.env import env
 from cmlora.cli.generate import generate
 from cmlora.cli.inspect import inspect
+from cmlora.cli.merge import merge
 from cmlora.cli.methods import methods
+from cmlora.cli.pack import pack
 from cmlora.cli.profile import profile
+from cmlora.cli.unpack import unpack
 from cmlora.errors import CmloraError
 
 PICTURES, FILES, STUDIES = "Pictures", "LoRA files", "Studies"
@@ -90,6 +93,9 @@ for command, panel in (
     (compress, FILES),
     (doctor, FILES),
     (analyze, FILES),
+    (merge, FILES),
+    (pack, FILES),
+    (unpack, FILES),
     (methods, STUDIES),
     (env, STUDIES),
 ):

@@ -201,8 +201,7 @@ def test_tsv_of_orthogonal_loras_is_their_sum() -> None:
     pairs = [Pair(left[:, 3 * i : 3 * i + 3], right[3 * i : 3 * i + 3]) for i in range(3)]
     found = product(tsv_m(pairs, [1.0, 0.5, -2.0]))
     weights = (1.0, 0.5, -2.0)
-    expected = sum(w * product(p) for w, p in zip(weights, pairs, strict=True))
-    assert not isinstance(expected, float)
+    expected = torch.stack([w * product(p) for w, p in zip(weights, pairs, strict=True)]).sum(0)
     assert torch.allclose(found, expected, atol=1e-9)
     many = tsv_m([a_pair(s, 6, 7, 4) for s in range(8)], [1.0] * 8)
     assert many.rank <= 6

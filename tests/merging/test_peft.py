@@ -30,7 +30,7 @@ def model(
     for name, seed in names.items():
         config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["lin", "conv"], use_rslora=rs)
         if found is None:
-            found = get_peft_model(Two(), config, adapter_name=name)  # type: ignore[arg-type]
+            found = get_peft_model(Two(), config, adapter_name=name)
         else:
             found.add_adapter(name, config)
         g = torch.Generator().manual_seed(0 if copies else seed)
@@ -134,7 +134,7 @@ def test_their_election_ignores_the_sign_of_weights() -> None:
     peft = model({"a": 1, "b": 1}, copies=True)
     weights = {"a": 1.0, "b": -2.0}
     loras = [ours(peft, name) for name in weights]
-    options = {"density": 0.99}
+    options: dict[str, Any] = {"density": 0.99}
     wrong = theirs(peft, weights, combination_type="ties_svd", svd_rank=4, **options)
     same = merge(loras, [1.0, -2.0], "ties", rank=4, **options).lora.deltas()
     voted = merge(loras, [1.0, -2.0], "ties", rank=4, signed_vote=True, **options).lora.deltas()

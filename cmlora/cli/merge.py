@@ -1,0 +1,134 @@
+"""`cmlora merge`: several LoRA files become one."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from cmlora.cli import arguments, options
+from cmlora.cli.console import emit, out, progress
+from cmlora.errors import CmloraError
+
+_MEANING = {
+    "sum": "weights add up: n copies of a LoRA at 1/n are the LoRA",
+    "average": "weights are strengths in a mean: n copies of a LoRA at 1 are the LoRA",
+    "other": "weights are only relative: try several",
+}
+
+
+def merge(
+    loras: Annotated[
+        list[str], typer.Argument(help="PATH_OR_ID or PATH_OR_ID:WEIGHT, two or more.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False),
+    ],
+    method: Annotated[str, typer.Option(help="How, for example svd, ties, knots_ties.")] = "svd",
+    rank: Annotated[
+        int | None, typer.Option(help="Largest rank in the result; the method's choice if empty.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="One number per LoRA, separated by commas, instead of :WEIGHT.")
+    ] = "",
+    density: Annotated[
+        float | None, typer.Option(help="Share of entries kept; short for --option density=.")
+    ] = None,
+    option: options.Settings = None,
+    seed: Annotated[int, typer.Option(help="Of methods that draw random numbers.")] = 0,
+    name: Annotated[str, typer.Option(help="Of the result; the output's stem if empty.")] = "",
+    lora_dir: options.LoRAFolder = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Merge LoRA files into one that any diffusers pipeline loads, and say how exact it is.
+
+    Example: [bold]cmlora merge a.safetensors:0.8 b.safetensors:0.6 --method ties --rank 32 -o c.safetensors[/bold]
+    """  # noqa: E501
+    from cmlora.adapters.merging import MERGES
+    from cmlora.adapters.merging import merge as combine
+    from cmlora.files import read, sha256, write
+    from cmlora.pipelines.library import adapter_name, find
+    from cmlora.pipelines.models import EMBEDDED
+
+    if MERGES[method].object.needs_grams:
+        raise CmloraError(f"{method} needs calibration data; call it from Python")
+    writable(output, force)
+    paths, strengths = _inputs(loras, weights)
+    sources: dict[str, Path] = {}
+    for reference in paths:
+        path = find(reference, model=EMBEDDED, folder=lora_dir)
+        if output.exists() and output.samefile(path):
+            raise CmloraError(f"{output} is one of the files to merge")
+        sources[adapter_name(path, sources)] = path
+    settings: dict[str, Any] = dict(arguments.pairs("--option", option or ()))
+    if density is not None:
+        settings["density"] = density
+    found = [replace(read(path), name=own) for own, path in sources.items()]
+    with progress("merging", 1) as bar:
+        result = combine(
+            found,
+            strengths,
+            method,
+            name=name or output.stem,
+            rank=rank,
+            seed=seed,
+            advance=lambda i, n: bar.update(bar.task_ids[0], completed=i, total=n),
+            **settings,
+        )
+    recipe = json.loads(result.lora.metadata["cmlora.merge"])
+    recipe["sha256"] = [sha256(sources[own]) for own in recipe["loras"]]
+    metadata = {**result.lora.metadata, "cmlora.merge": json.dumps(recipe, sort_keys=True)}
+    write(replace(result.lora, metadata=metadata), output)
+    report = result.report
+    if as_json:
+        emit({"file": str(output), "sha256": sha256(output), "recipe": recipe, **asdict(report)})
+        return
+    table = Table(
+        "block",
+        Column("distance from the weighted sum", justify="right"),
+        title=f"{method} of {', '.join(sources)}",
+        caption=_MEANING[report.kind],
+    )
+    for block, error in report.errors.items():
+        table.add_row(block, f"{error:.2%}")
+    table.add_row("all", f"{report.error:.2%}")
+    out.print(table)
+    for key, share in report.notes.items():
+        out.print(f"{key} {share:.1%} of entries", highlight=False)
+    for remark in report.warnings:
+        out.print(f"note: {remark}")
+    size = f"{output.stat().st_size / 2**20:.1f} MB"
+    out.print(f"{output}: rank {report.rank}, {size}, {report.seconds:.1f} s", soft_wrap=True)
+
+
+def writable(output: Path, force: bool) -> None:
+    """Raises `CmloraError` unless a safetensors file can be put there."""
+    if output.suffix != ".safetensors":
+        raise CmloraError(f"--out {output} should end in .safetensors, which is what is written")
+    if output.exists() and not force:
+        raise CmloraError(f"{output} exists; --force replaces it")
+    if not output.parent.is_dir():
+        raise CmloraError(f"the folder {output.parent} does not exist")
+
+
+def _inputs(loras: list[str], weights: str) -> tuple[list[str], list[float]]:
+    found = [arguments.weighted(text) for text in loras]
+    references, strengths = [name for name, _ in found], [weight for _, weight in found]
+    if weights:
+        if references != loras:
+            raise CmloraError("give weights as PATH:WEIGHT or with --weights, not both")
+        try:
+            strengths = [float(number) for number in arguments.listed(weights)]
+        except ValueError:
+            strengths = [math.nan]
+        if not all(map(math.isfinite, strengths)):
+            raise CmloraError(f"--weights {weights!r}: expected numbers separated by commas")
+        if len(strengths) != len(references):
+            counts = f"{len(strengths)} weights for {len(references)} LoRAs"
+            raise CmloraError(f"--weights {weights!r}: {counts}; give one each")
+    return references, strengths
