@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -50,27 +51,24 @@ def gram(loras: Sequence[LoRA]) -> dict[str, Tensor]:
             models.
     """
     count = len(loras)
-    factors: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-    for index, lora in enumerate(loras):
-        for module, update in lora.updates.items():
-            factors.setdefault(module, {})[index] = update.factors()
     found: dict[str, Tensor] = {}
-    for module in sorted(factors):
+    for module in sorted({module for lora in loras for module in lora.updates}):
         table = found.setdefault(block_of(module), torch.zeros(count, count, dtype=torch.double))
-        present = factors[module]
-        for i, (up, down) in present.items():
-            for j, (other_up, other_down) in present.items():
-                if j < i:
-                    continue
-                if up.shape[0] != other_up.shape[0] or down.shape[1] != other_down.shape[1]:
-                    names = f"{loras[i].name} and {loras[j].name}"
-                    raise CmloraError(
-                        f"{module} has different shapes in {names}: they are for different models"
-                    )
-                value = ((up.T @ other_up) * (down @ other_down.T)).sum()
-                table[i, j] += value
-                if i != j:
-                    table[j, i] += value
+        present = {
+            index: lora.updates[module].factors()
+            for index, lora in enumerate(loras)
+            if module in lora.updates
+        }
+        for (i, (up, down)), (j, (other_up, other_down)) in combinations_with_replacement(
+            present.items(), 2
+        ):
+            if up.shape[0] != other_up.shape[0] or down.shape[1] != other_down.shape[1]:
+                names = f"{loras[i].name} and {loras[j].name}"
+                raise CmloraError(
+                    f"{module} has different shapes in {names}: they are for different models"
+                )
+            table[i, j] += ((up.T @ other_up) * (down @ other_down.T)).sum()
+            table[j, i] = table[i, j]
     return found
 
 

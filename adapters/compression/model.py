@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmlora import container
-from cmlora.adapters.compression.form import Method, dense, from_tensors, nbytes
+from cmlora.adapters.compression.form import Method, dense, from_tensors, nbytes, root
 from cmlora.adapters.compression.layers import (
     CompactConv2d,
     CompactLinear,
@@ -22,6 +22,7 @@ from cmlora.adapters.compression.layers import (
     matrix_of,
     wrap,
 )
+from cmlora.adapters.compression.rule import Cost, Rule
 from cmlora.errors import CmloraError
 
 _HEADER = "cmlora.compact"
@@ -64,25 +65,35 @@ def compress(
     keep: float,
     grams: Mapping[str, Tensor] | None = None,
     least: int = 64,
+    rule: Rule | None = None,
 ) -> Compressed:
     """Put every linear layer and convolution of a model into a compact form, in place.
 
     Args:
         model: any; layers inside others are found by name.
         method: an entry of `cmlora.adapters.compression.COMPRESSIONS`.
-        keep: share of each matrix's bytes.
+        keep: share of each matrix's bytes; of all of them if there is a rule.
         grams: see `cmlora.adapters.compression.calibration.grams`; layers without one count all
             inputs alike.
         least: layers with fewer inputs or outputs stay as they are.
+        rule: spreads the share over the layers by their spectra, ``welore`` or ``budget`` of
+            `cmlora.adapters.compression.RULES`; evenly if not given.
 
     Raises:
         CmloraError: if no layer could be made smaller.
     """
     before, kept, layers = model_bytes(model), [], {}
+    moments = grams or {}
+    large = {
+        name: layer
+        for name, layer in model.named_modules()
+        if fits(layer) and min(matrix_of(layer).shape) >= least
+    }
+    shares = dict.fromkeys(large, keep) if rule is None else spread(large, rule, keep, moments)
     for name, layer in [pair for pair in model.named_modules() if fits(pair[1])]:
         matrix = matrix_of(layer)
-        gram = (grams or {}).get(name)
-        form = None if min(matrix.shape) < least else method(matrix, keep, gram)
+        gram = moments.get(name)
+        form = method(matrix, shares[name], gram) if shares.get(name, 1.0) < 1 else None
         size = matrix.numel() * matrix.element_size()
         if form is None or nbytes(form) >= size:
             kept.append(name)
@@ -93,6 +104,22 @@ def compress(
     if not layers:
         raise CmloraError(f"no layer of {type(model).__name__} becomes smaller at {keep:g}")
     return Compressed(layers, tuple(kept), before, model_bytes(model))
+
+
+def spread(
+    layers: Mapping[str, nn.Module], rule: Rule, keep: float, grams: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The share of each layer's bytes that a rule for spectra gives it; 1 to stay as it is."""
+    spectra, costs = {}, {}
+    for name, layer in layers.items():
+        matrix = matrix_of(layer).double()
+        outputs, inputs = matrix.shape
+        values: Tensor = torch.linalg.svdvals(matrix @ root(grams.get(name), inputs))
+        # The error of a layer counts relative to what it puts out, as layers differ in size.
+        spectra[name] = values / values.norm().clamp(min=1e-300)
+        costs[name] = Cost(outputs + inputs, outputs * inputs)
+    ranks = {name: len(values) for name, values in rule(spectra, costs, keep).items()}
+    return {name: costs[name].of(rank) / costs[name].whole for name, rank in ranks.items()}
 
 
 def relative_error(matrix: Tensor, other: Tensor, gram: Tensor | None = None) -> float:

@@ -11,11 +11,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cmlora.adapters.compression import COMPRESSIONS
+from cmlora.adapters.compression import COMPRESSIONS, RULES
 from cmlora.adapters.compression.calibration import grams
 from cmlora.adapters.compression.cospadi import improve, pursue
 from cmlora.adapters.compression.form import GRID, Factors, Form, Sparse, dense, nbytes
-from cmlora.adapters.compression.model import compress, load, model_bytes, relative_error, save
+from cmlora.adapters.compression.heal import Call, heal
+from cmlora.adapters.compression.layers import matrix_of
+from cmlora.adapters.compression.model import (
+    compress,
+    load,
+    model_bytes,
+    relative_error,
+    save,
+    spread,
+)
 from cmlora.adapters.compression.mxfp4 import CLIP, exponent
 from cmlora.errors import CmloraError
 from tests.compression import references
@@ -238,3 +247,37 @@ def test_a_union_of_subspaces_needs_a_learnt_dictionary() -> None:
     matrix = torch.cat([random(40, 4, seed=9 + i) @ basis for i, basis in enumerate(bases)])
     errors = [relative_error(matrix, dense(made(n, matrix, 0.38))) for n in ("cospadi", "svd")]
     assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("rule", ["welore", "budget"])
+def test_a_budget_spread_over_layers_is_kept(rule: str) -> None:
+    model = toy()
+    steep = torch.linalg.svd(model.down.weight.detach().flatten(1), full_matrices=False)
+    values = steep[1] * torch.logspace(0, -4, len(steep[1]))
+    model.down.weight.data = ((steep[0] * values) @ steep[2]).reshape(model.down.weight.shape)
+    layers = {"down": model.down, "mlp.0": model.mlp[0], "mlp.2": model.mlp[2]}
+    sizes = {name: matrix_of(layer).numel() for name, layer in layers.items()}
+    shares = spread(layers, RULES[rule].object, 0.6, {})
+    spent = sum(shares[name] * size for name, size in sizes.items())
+    assert 0.4 * sum(sizes.values()) < spent <= 0.6 * sum(sizes.values())
+    assert shares["down"] < shares["mlp.0"]
+    done = compress(model, COMPRESSIONS["svd"].object, 0.6, least=20, rule=RULES[rule].object)
+    held = {**dict.fromkeys(layers, 0), **{n: s.after for n, s in done.layers.items()}}
+    for name, size in sizes.items():
+        held[name] = held[name] or 4 * size
+    assert sum(held.values()) == pytest.approx(4 * spent, abs=1)
+
+
+def test_healing_lowers_the_error() -> None:
+    original, model = toy(), toy()
+    batches = [random(2, 3, 8, 8, seed=i) for i in range(4)]
+    compress(model, COMPRESSIONS["svd"].object, 0.35, least=8)
+    frozen = model.grouped.weight.detach().clone()
+    calls: list[Call] = [lambda m, x=x: m(x) for x in batches]  # type: ignore[misc]
+    losses = heal(model, original, calls, steps=200, rate=3e-3, features=["down", "mlp.0"])
+    assert losses[-1] <= 0.5 * losses[0]
+    assert torch.equal(model.grouped.weight, frozen)
+    assert model.grouped.weight.requires_grad
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "form_" in n)
+    with pytest.raises(CmloraError, match="healing needs"):
+        heal(toy(), original, calls)
