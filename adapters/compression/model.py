@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmlora import container
-from cmlora.adapters.compression.form import Method, dense, from_tensors, nbytes, root
+from cmlora.adapters.compression.form import Method, check_keep, dense, from_tensors, nbytes, root
 from cmlora.adapters.compression.layers import (
     CompactConv2d,
     CompactLinear,
@@ -64,7 +64,7 @@ def compress(
     method: Method,
     keep: float,
     grams: Mapping[str, Tensor] | None = None,
-    least: int = 64,
+    least: int = 16,
     rule: Rule | None = None,
 ) -> Compressed:
     """Put every linear layer and convolution of a model into a compact form, in place.
@@ -80,8 +80,9 @@ def compress(
             `cmlora.adapters.compression.RULES`; evenly if not given.
 
     Raises:
-        CmloraError: if no layer could be made smaller.
+        CmloraError: if the share is not above 0 and at most 1, or no layer becomes smaller.
     """
+    check_keep(keep)
     before, kept, layers = model_bytes(model), [], {}
     moments = grams or {}
     large = {

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from cmlora.adapters.compression.model import load, model_bytes
 from cmlora.cli.app import app
 from cmlora.files import read
+from tests import tiny
 
 
 def test_a_smaller_file(lora_folder: Path, tmp_path: Path) -> None:
@@ -59,3 +61,36 @@ def test_the_source_is_never_replaced(lora_folder: Path) -> None:
     result = CliRunner().invoke(app, ["compress", source, "--out", source, "--force"])
     assert result.exit_code == 2
     assert "the LoRA itself" in result.stderr
+
+
+def test_a_smaller_denoiser(model_folder: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.safetensors"
+    arguments = ["compress", str(model_folder), "--keep", "0.7", "--out", str(small), "--json"]
+    arguments += ["--spread", "budget", "--prompt", "a cat"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["bytes_after"] < report["bytes_before"]
+    assert all(row["after"] < row["before"] for row in report["modules"].values())
+    denoiser = tiny.unet_sd15()
+    load(denoiser, small)
+    assert model_bytes(denoiser) == report["bytes_after"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--method", "energy"], "unknown compression method"),
+        (["--spread", "evenly"], "welore or budget"),
+        (["--half"], "LoRA files"),
+        (["--keep", "0"], "above 0"),
+    ],
+)
+def test_one_line_for_a_mistake_with_a_model(
+    model_folder: Path, tmp_path: Path, extra: list[str], message: str
+) -> None:
+    small = tmp_path / "small.safetensors"
+    result = CliRunner().invoke(app, ["compress", str(model_folder), "--out", str(small), *extra])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert not small.exists()
