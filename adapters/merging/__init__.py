@@ -12,6 +12,7 @@ from cmlora.adapters.merging.knots import knots_dare, knots_ties
 from cmlora.adapters.merging.lego import lego
 from cmlora.adapters.merging.linear import factor_linear, linear
 from cmlora.adapters.merging.method import Method
+from cmlora.adapters.merging.pleas import pleas
 from cmlora.adapters.merging.run import Grams, MergeResult, run
 from cmlora.adapters.merging.sparse import (
     breadcrumbs,
@@ -24,6 +25,7 @@ from cmlora.adapters.merging.sparse import (
 )
 from cmlora.adapters.merging.svd import svd
 from cmlora.adapters.merging.tsv import tsv_m
+from cmlora.adapters.merging.ziplora import ziplora
 from cmlora.lora import LoRA
 from cmlora.registry import Entry, Registry
 
@@ -127,6 +129,18 @@ MERGES: Registry[Method] = Registry(
         Method(lego, "average", _ALL),
         "similar rank units of all LoRAs become one",
         "arXiv:2409.16167",
+    ),
+    Entry(
+        "pleas",
+        Method(pleas, "average", _ALL),
+        "least squares on the inputs that the layers see with each LoRA",
+        "arXiv:2407.02447",
+    ),
+    Entry(
+        "ziplora",
+        Method(ziplora, "average", _ALL),
+        "one strength per input column, found by least squares on the inputs",
+        "arXiv:2311.13600",
     ),
 )
 

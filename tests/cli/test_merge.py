@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cmlora.adapters.merging import MERGES, rmm
 from cmlora.cli.app import app
 from cmlora.files import read, sha256, write
-from cmlora.lora import LoRA, stack
+from cmlora.lora import LoRA, Update, stack
 from tests import disk, tiny
 from tests.merging.makers import distance, make
 
@@ -64,7 +64,15 @@ def test_a_merged_file_is_the_sum(lora_folder: Path, tmp_path: Path) -> None:
 
 def test_weights_apart_and_options(lora_folder: Path, tmp_path: Path) -> None:
     one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
-    common = ["merge", "--method", "ties", "--rank", "3", "--lora-dir", lora_folder]
+    common: list[str | Path] = [
+        "merge",
+        "--method",
+        "ties",
+        "--rank",
+        "3",
+        "--lora-dir",
+        lora_folder,
+    ]
     run(*common, "cat:0.8", "hat", "--density", "0.4", "--name", "x", "-o", one)
     names = ["cat", "hat", "--weights", "0.8,1", "--option", "density=0.4", "--name", "x"]
     said = run(*common, *names, "-o", other)
@@ -162,13 +170,13 @@ def test_nothing_is_replaced_unasked(lora_folder: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == b"precious"
     run(*arguments, "--force")
     assert read(out).updates
-    again = [lora_folder / "hat.safetensors", out, "-o", out, "--force"]
+    again: list[str | Path] = [lora_folder / "hat.safetensors", out, "-o", out, "--force"]
     assert "is one of the files to merge" in complaint(["merge", *again])
 
 
 def test_an_interruption_leaves_no_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        updates = {}
+        updates: dict[str, Update] = {}
         for index in range(60):
             small = make(f"{name}{index}", 4).updates.values()
             updates |= {f"unet.down_blocks.{index}.m{i}": u for i, u in enumerate(small)}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ SHARED = {"__init__", "factors", "method", "run", "check", "align", "agree", "sp
 def grams(loras: list[LoRA]) -> dict[str, dict[str, torch.Tensor]]:
     """Second moments of random inputs for every LoRA and module."""
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for index, lora in enumerate(loras):
-        generator = torch.Generator().manual_seed(index)
+    for lora in loras:
+        generator = torch.Generator().manual_seed(zlib.crc32(lora.name.encode()))
         for module, shape in SHAPES.items():
             width = shape[1] * (shape[2] * shape[3] if len(shape) == 4 else 1)
             inputs = torch.randn((2 * width, width), generator=generator).double()
