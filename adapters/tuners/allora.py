@@ -45,10 +45,12 @@ class AlloraLayer(TunerLayer):
         """The factor of each output's gradient (O,)."""
         with torch.no_grad():
             norms = self.update(name).norm(dim=1)
-            return (norms + self.config[name].pace ** -2).rsqrt()
+            least: float = self.config[name].pace ** -2
+            result: Tensor = (norms + least).rsqrt()
+        return result
 
     def change(self, name: str, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not self.cmallora_up[name].requires_grad:
+        if not torch.is_grad_enabled() or not self.held(name, "up").requires_grad:
             return super().change(name, x)
         # Twice the same: once for the input's gradient, once for the scaled one of the factors.
         up, down = (tensor.detach() for tensor in self.factors(name))

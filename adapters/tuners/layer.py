@@ -82,6 +82,15 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     trained: ClassVar[tuple[str, ...]] = ()
     stored: ClassVar[tuple[str, ...]] = ()
 
+    # PEFT's, which has no types.
+    adapter_layer_names: tuple[str, ...]
+    other_param_names: tuple[str, ...]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    get_base_layer: Any
+    set_adapter: Any
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         prefix = _prefix(cls.method)
@@ -106,6 +115,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.state: dict[str, Any] = {}
         self.frozen_tensors: dict[str, dict[str, Tensor]] = {}
         self._backup: tuple[Tensor, Tensor | None] | None = None
+        self._applied: tuple[Tensor, Tensor | None] | None = None
         self._merged_with: dict[str, float] = {}
         self._disable_adapters = False
         self._active_adapter: Any = adapter_name
@@ -143,9 +153,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     # What a method uses.
 
+    def held(self, name: str, title: str) -> Tensor:
+        """A trained or stored tensor as it is."""
+        tensor: Tensor = getattr(self, _prefix(self.method) + title)[name]
+        return tensor
+
     def tensor(self, name: str, title: str) -> Tensor:
         """A trained or stored tensor in at least single precision."""
-        tensor: Tensor = getattr(self, _prefix(self.method) + title)[name]
+        tensor = self.held(name, title)
         return full(tensor) if tensor.is_floating_point() else tensor
 
     def frozen(self, name: str, title: str) -> Tensor:
@@ -153,7 +168,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         found = self.frozen_tensors.get(name)
         device = self.get_base_layer().weight.device
         if found is None or next(iter(found.values())).device != device:
-            with torch.no_grad():
+            # Also in inference mode, whose tensors could not be used in training later.
+            with torch.inference_mode(False), torch.no_grad():
                 found = {t: v.to(device) for t, v in (found or self.constants(name)).items()}
             self.frozen_tensors[name] = found
         return found[title]
@@ -267,11 +283,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if safe_merge and not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"{', '.join(names)}: the merged weight is not finite")
             if self._backup is None:
-                kept = None if base.bias is None else base.bias.detach().clone()
-                self._backup = (base.weight.detach().clone(), kept)
-            base.weight.data.copy_(weight.reshape(base.weight.shape))
-            if bias is not None:
-                base.bias.data.copy_(bias)
+                self._backup = self._copies()
+            self._write(weight.reshape(base.weight.shape), bias)
+            self._applied = self._copies()
         self._merged_with = scales
         self.merged_adapters = list(scales)
 
@@ -279,12 +293,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Puts the weight back as it was, bit for bit; without a merge it does nothing."""
         if self._backup is None:
             return
-        base = self.get_base_layer()
-        weight, bias = self._backup
-        base.weight.data.copy_(weight)
-        if bias is not None:
-            base.bias.data.copy_(bias)
-        self._backup, self._merged_with, self.merged_adapters = None, {}, []
+        with torch.no_grad():
+            self._write(*self._backup)
+        self._backup = self._applied = None
+        self._merged_with, self.merged_adapters = {}, []
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the weight of an adapter; 1 is the strength it was made with."""
@@ -306,6 +318,26 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can approximate the adapter by a LoRA."""
         return adapter_name in self.scaling and self.mergeable(adapter_name)
+
+    def _copies(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias as they are now."""
+        base = self.get_base_layer()
+        bias = None if base.bias is None else base.bias.detach().clone()
+        return base.weight.detach().clone(), bias
+
+    def _write(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Sets weight and bias; what another tuner has merged in the meantime stays merged."""
+        base = self.get_base_layer()
+        before = self._applied or (None, None)
+        for parameter, value, last in zip(
+            (base.weight, base.bias), (weight, bias), before, strict=True
+        ):
+            if value is None:
+                continue
+            now = parameter.detach()
+            if last is not None and not torch.equal(now, last.to(now)):
+                value = full(value).to(now.device) + (full(now) - full(last).to(now.device))
+            parameter.data.copy_(value)
 
     @property
     def _groups(self) -> int:

@@ -56,8 +56,8 @@ class LoraSbLayer(TunerLayer):
         step = -rate * (matrix.sign() if sign else matrix)
         left, values, right = svd(step, self.r[name])
         for title, value in (("up", left), ("down", right)):
-            getattr(self, f"cmlora_sb_{title}")[name].copy_(value)
-        self.cmlora_sb_core[name].copy_(values.diag() / self.initial[name])
+            self.held(name, title).copy_(value)
+        self.held(name, "core").copy_(values.diag() / self.initial[name])
 
 
 def prime(

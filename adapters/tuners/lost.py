@@ -65,8 +65,8 @@ class LostLayer(TunerLayer):
         return not self.config[name].nonlinear
 
     def update(self, name: str) -> Tensor:
+        balance: float = self.config[name].balance
         up, down, first_up, first_down = self._tensors(name)
-        balance = self.config[name].balance
         return balance * (up @ down - first_up @ first_down) + self._sparse(name)
 
     def change(self, name: str, x: Tensor) -> Tensor:
@@ -80,16 +80,18 @@ class LostLayer(TunerLayer):
         now = self.apply_up(function(self.apply_matrix(x, downs[:rank])), ups[:, :rank])
         first = self.apply_up(function(self.apply_matrix(x, downs[rank:])), ups[:, rank:])
         sparse = self.apply_matrix(x, self._sparse(name))
-        return self.scaling[name] * (self.config[name].balance * (now - first) + sparse)
+        balance: float = self.config[name].balance
+        return self.scaling[name] * (balance * (now - first) + sparse)
 
     def _sparse(self, name: str) -> Tensor:
-        columns = (1 - self.config[name].balance) * self.tensor(name, "columns")
+        rest: float = 1 - self.config[name].balance
+        columns = rest * self.tensor(name, "columns")
         zero = columns.new_zeros(self.matrix().shape)
         return zero.index_add(1, self.frozen(name, "chosen"), columns)
 
     def _tensors(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         up, down = self.tensor(name, "up"), self.tensor(name, "down")
         # Through the parameters' own precision, so that they cancel exactly at the start.
-        dtype = self.cmlost_up[name].dtype
+        dtype = self.held(name, "up").dtype
         first = [self.frozen(name, title).to(dtype).to(up.dtype) for title in ("up", "down")]
         return up, down, first[0], first[1]

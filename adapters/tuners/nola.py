@@ -67,7 +67,8 @@ def _mixture(coefficients: Tensor, shape: tuple[int, int], seed: int) -> Tensor:
     random = generator(seed)
     size = shape[0] * shape[1]
     total = coefficients.new_zeros(size)
-    for part in coefficients.split(max(1, _CHUNK // size)):
+    for part in torch.split(coefficients, max(1, _CHUNK // size)):
         bases = uniform((len(part), size), 1.0, random).to(part)
         total = total + part @ bases
-    return total.reshape(shape) * len(coefficients) ** -0.5
+    factor: float = len(coefficients) ** -0.5
+    return total.reshape(shape) * factor

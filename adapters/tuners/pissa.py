@@ -40,7 +40,7 @@ class PissaLayer(TunerLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         # Through the parameters' own precision, so that the two cancel exactly at the start.
         up, down = self.tensor(name, "up"), self.tensor(name, "down")
-        dtype = self.cmpissa_up[name].dtype
+        dtype = self.held(name, "up").dtype
         first_up = self.frozen(name, "up").to(dtype).to(up.dtype)
         first_down = self.frozen(name, "down").to(dtype).to(down.dtype)
         return cat([up, -first_up], 1), cat([down, first_down])

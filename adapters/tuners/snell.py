@@ -53,7 +53,7 @@ class SnellLayer(TunerLayer):
     """
 
     method = "snell"
-    trained = ("input", "output")
+    trained: ClassVar[tuple[str, ...]] = ("input", "output")
 
     def start(self, name: str) -> dict[str, Tensor]:
         outputs, inputs = self.matrix().shape

@@ -91,7 +91,7 @@ class Allocator:
         """Takes the gradients of the last backward pass into the averages."""
         for number, layer in enumerate(self.layers):
             for title in ("input", "output"):
-                parameter = getattr(layer, f"cmsnella_{title}")[self.name]
+                parameter = layer.held(self.name, title)
                 if parameter.grad is None:
                     continue
                 now = (parameter * parameter.grad).abs()
@@ -111,7 +111,7 @@ class Allocator:
         end = self.target * sum(sizes)
         counts = shared_out(round(end + (start - end) * left), self._scores(), sizes)
         for layer, count, size in zip(self.layers, counts, sizes, strict=True):
-            getattr(layer, "cmsnella_sparsity_share")[self.name].fill_(1 - count / size)  # noqa: B009
+            layer.held(self.name, "sparsity_share").fill_(1 - count / size)
         return counts
 
     def _scores(self) -> list[float]:

@@ -1,6 +1,7 @@
 """Small layers with adapters on them, for the tests of tuners."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Holder(nn.Module):
 def base(kind: str, seed: int = 0) -> nn.Module:
     """A layer by name."""
     torch.manual_seed(seed)
-    return {
+    kinds: dict[str, Callable[[], nn.Module]] = {
         "linear": lambda: nn.Linear(8, 12),
         "wide": lambda: nn.Linear(12, 8),
         "bare": lambda: nn.Linear(12, 12, bias=False),
@@ -63,7 +64,8 @@ def base(kind: str, seed: int = 0) -> nn.Module:
         "conv3": lambda: nn.Conv2d(4, 8, 3, padding=1),
         "strided": lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=1),
         "grouped": lambda: nn.Conv2d(8, 12, 3, padding=1, groups=4),
-    }[kind]()
+    }
+    return kinds[kind]()
 
 
 def data(layer: nn.Module, seed: int = 0) -> Tensor:

@@ -57,7 +57,7 @@ def test_every_file_is_a_row_with_a_reference() -> None:
 @home
 @kinds
 def test_the_start_changes_nothing(name: str, kind: str) -> None:
-    base = bench.base(kind)
+    base: Any = bench.base(kind)
     x = bench.data(base)
     model = bench.adapt(name, kind)
     assert torch.equal(model(x), base(x))
@@ -369,6 +369,47 @@ def test_tuners_stand_on_each_other_and_on_lora() -> None:
         assert not any(close(one, other, 1e-4) for other in outputs[:number])
     with cmlora.compose(pipe, ["lora"], method="naive"):
         assert torch.equal(tiny.run(pipe, steps=2), base)
+
+
+@pytest.mark.parametrize("order", [("lora", "hydra"), ("hydra", "lora")])
+@pytest.mark.parametrize("unmerge_outer_first", [True, False])
+def test_merging_beside_another_tuner(order: tuple[str, str], unmerge_outer_first: bool) -> None:
+    model: Any = bench.Holder(bench.base("linear")).eval()
+    for name in order:
+        options = {"r": 2} if name == "lora" else bench.OPTIONS[name]
+        config = TUNERS[name].object.settings(target_modules=["layer"], **options)
+        bench.inject(model, config, name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    x = bench.data(bench.base("linear"))
+    base, both = bench.base("linear")(x), model(x)
+    chain = [model.layer, model.layer.base_layer]
+    for _ in range(2):
+        for each in chain:
+            each.merge()
+        if order[1] == "hydra":  # which otherwise recombines the weight with the LoRA in it
+            assert close(model(x), both, 1e-3)
+        for each in chain if unmerge_outer_first else chain[::-1]:
+            each.unmerge()
+        for each in chain:
+            each.enable_adapters(False)
+        assert close(model(x), base, 1e-4)
+        for each in chain:
+            each.enable_adapters(True)
+        assert close(model(x), both, 1e-3)
+
+
+@home
+def test_inference_mode_leaves_nothing_that_training_cannot_use(name: str) -> None:
+    model = bench.adapt(name, "linear")
+    bench.shake(model)
+    x = bench.data(bench.base("linear"))
+    only(model).frozen_tensors.clear()
+    with torch.inference_mode():
+        model(x)
+    model(x).square().sum().backward()
 
 
 def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:

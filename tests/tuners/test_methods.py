@@ -299,7 +299,7 @@ def test_maestro_recovers_the_svd_on_a_linear_target() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     best = torch.linalg.svdvals(target).square().flip(0).cumsum(0).flip(0)[1:]
     for error, least in zip(errors()[:-1], best, strict=True):
         assert float(error) <= 1.01 * float(least) + 1e-3
