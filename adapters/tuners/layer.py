@@ -81,6 +81,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     method: ClassVar[str] = ""
     trained: ClassVar[tuple[str, ...]] = ()
     stored: ClassVar[tuple[str, ...]] = ()
+    costly: ClassVar[bool] = False  # to form; kept between forward passes without gradients
 
     # PEFT's, which has no types.
     adapter_layer_names: tuple[str, ...]
@@ -95,7 +96,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         super().__init_subclass__(**options)
         prefix = _prefix(cls.method)
         cls.adapter_layer_names = tuple(prefix + title for title in cls.trained)
-        plain = ("r", "scaling", "config", "seeds", "initial", "frozen_tensors", "state")
+        plain = ("r", "scaling", "config", "seeds", "initial", "frozen_tensors", "state", "ready")
         cls.other_param_names = (*(prefix + title for title in cls.stored), *plain)
 
     def __init__(
@@ -113,6 +114,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.config: dict[str, Any] = {}
         self.seeds: dict[str, int] = {}
         self.state: dict[str, Any] = {}
+        self.ready: dict[str, tuple[Any, Any]] = {}
         self.frozen_tensors: dict[str, dict[str, Tensor]] = {}
         self._backup: tuple[Tensor, Tensor | None] | None = None
         self._applied: tuple[Tensor, Tensor | None] | None = None
@@ -226,13 +228,13 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def change(self, name: str, x: Tensor) -> Tensor:
         """What one adapter adds to the output for input ``x``, at its strength."""
-        factors = self.factors(name) if self._groups == 1 else None
+        formed = self._formed(name)
         bias = self.bias_update(name)
         scale = self.scaling[name]
-        if factors is None:
+        if isinstance(formed, Tensor):
             shift = None if bias is None else bias * scale
-            return self.apply_matrix(x, self.update(name) * scale, shift)
-        up, down = factors
+            return self.apply_matrix(x, formed * scale, shift)
+        up, down = formed
         hidden = self.apply_matrix(x, down)
         return self.apply_up(hidden, up * scale, None if bias is None else bias * scale)
 
@@ -318,6 +320,23 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can approximate the adapter by a LoRA."""
         return adapter_name in self.scaling and self.mergeable(adapter_name)
+
+    def _formed(self, name: str) -> tuple[Tensor, Tensor] | Tensor:
+        """The factors, or the update where there are none or they do not serve."""
+        tensors = [getattr(self, attribute)[name] for attribute in self.adapter_layer_names]
+        keep = self.costly and not self.training and not torch.is_grad_enabled()
+        # In-place changes count up the version, moves and casts change the place.
+        key = [(t.data_ptr(), t._version, t.dtype) for t in tensors] if keep else None
+        if not keep:
+            self.ready.pop(name, None)  # training writes past the version
+        elif name in self.ready and self.ready[name][0] == key:
+            found: tuple[Tensor, Tensor] | Tensor = self.ready[name][1]
+            return found
+        factors = self.factors(name) if self._groups == 1 else None
+        formed = self.update(name) if factors is None else factors
+        if keep and not torch.is_inference_mode_enabled():
+            self.ready[name] = (key, formed)
+        return formed
 
     def _copies(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias as they are now."""

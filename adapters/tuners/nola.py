@@ -38,6 +38,7 @@ class NolaLayer(TunerLayer):
 
     method = "nola"
     trained = ("down", "up")
+    costly = True
 
     def start(self, name: str) -> dict[str, Tensor]:
         config = self.config[name]

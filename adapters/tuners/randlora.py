@@ -32,6 +32,7 @@ class RandloraLayer(TunerLayer):
 
     method = "randlora"
     trained = ("inner", "outer")
+    costly = True
 
     def start(self, name: str) -> dict[str, Tensor]:
         short = min(self.matrix().shape)

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 import cmlora
@@ -410,6 +416,45 @@ def test_inference_mode_leaves_nothing_that_training_cannot_use(name: str) -> No
     with torch.inference_mode():
         model(x)
     model(x).square().sum().backward()
+
+
+@home
+def test_copies_double_precision_and_autocast(name: str) -> None:
+    model = bench.adapt(name, "conv3")
+    bench.shake(model, size=0.05)
+    x = bench.data(bench.base("conv3"))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    output.float().sum().backward()
+    assert (output.float() - model(x)).norm() / model(x).norm() < 0.05
+    double = bench.Holder(bench.base("conv3").double())
+    bench.inject(double, bench.settings(name), "a")
+    assert torch.equal(double(x.double()), only(double).base_layer(x.double()))
+    bench.shake(double)
+    expected = double(x.double())
+    only(double).merge()
+    assert close(double(x.double()), expected, 1e-9)
+
+
+@home
+def test_default_settings_fit_layers_of_models(name: str) -> None:
+    model = bench.Holder(nn.Linear(320, 64))
+    bench.inject(model, TUNERS[name].object.settings(target_modules=["layer"]), "a")
+    x = torch.ones(1, 2, 320)
+    assert torch.equal(model(x), only(model).base_layer(x))
+
+
+@home
+def test_injection_without_memory(name: str) -> None:
+    source = bench.adapt(name, "linear")
+    bench.shake(source)
+    state = get_peft_model_state_dict(source, adapter_name="a")
+    model = bench.Holder(bench.base("linear"))
+    inject_adapter_in_model(bench.settings(name), model, "a", low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, state, "a", low_cpu_mem_usage=True)
+    x = bench.data(bench.base("linear"))
+    assert torch.equal(model(x), source(x))
 
 
 def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:

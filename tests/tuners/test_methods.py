@@ -105,6 +105,27 @@ def test_randlora_has_full_rank_only_with_distinct_outer_scales() -> None:
     assert rank(delta(layer)) <= 3
 
 
+@pytest.mark.parametrize("name", ["nola", "randlora"])
+def test_what_is_drawn_is_kept_until_something_changes(name: str) -> None:
+    layer = adapted(name)
+    layer.eval()
+    x = bench.data(layer.base_layer)
+    with torch.no_grad():
+        first = layer(x)
+        kept = layer.ready["a"][1]
+        assert torch.equal(layer(x), first)
+        assert layer.ready["a"][1] is kept
+        bench.shake(layer, seed=5)
+        changed = layer(x)
+        assert not torch.equal(changed, first)
+        layer.set_scale("a", 0.5)
+        assert not torch.equal(layer(x), changed)
+        layer.set_scale("a", 1.0)
+        assert torch.equal(layer(x), changed)
+    assert torch.allclose(layer(x), changed, atol=1e-5)
+    assert not layer.ready
+
+
 def test_vera_layers_share_their_bases_through_the_seed() -> None:
     one, other, wide = adapted("vera"), adapted("vera", "conv1"), adapted("vera", "bare")
     assert torch.equal(one.frozen("a", "down"), other.frozen("a", "down"))
