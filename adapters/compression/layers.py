@@ -20,6 +20,8 @@ class _Compact(nn.Module):
 
     kind: str
     fields: tuple[str, ...]
+    width: int | None = None
+    """How many of the factors are used in a forward pass; all if not given."""
 
     def _hold(self, form: Form, bias: nn.Parameter | None) -> None:
         self.kind, stored = form.kind, form.tensors()
@@ -38,7 +40,10 @@ class _Compact(nn.Module):
         return KINDS[self.kind](**{name: getattr(self, f"form_{name}") for name in self.fields})
 
     def _stages(self, dtype: torch.dtype) -> list[Tensor]:
-        return [stage.to(dtype) for stage in self.form().stages()]
+        stages = [stage.to(dtype) for stage in self.form().stages()]
+        if self.width is not None and len(stages) == 2:
+            stages = [stages[0][: self.width], stages[1][:, : self.width]]
+        return stages
 
 
 class CompactLinear(_Compact, nn.Linear):
