@@ -281,3 +281,13 @@ def test_healing_lowers_the_error() -> None:
     assert not any(p.requires_grad for n, p in model.named_parameters() if "form_" in n)
     with pytest.raises(CmloraError, match="healing needs"):
         heal(toy(), original, calls)
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.6])
+def test_learning_the_dictionary_pays(keep: float) -> None:
+    matrix, seen = random(48, 32), inputs(32)
+    gram = (seen.T @ seen).double()
+    forms = [made(name, matrix, keep, gram) for name in ("cospadi", "rocket")]
+    assert nbytes(forms[0]) <= nbytes(forms[1]) + 1
+    learnt, closed = (relative_error(matrix, dense(form), gram) for form in forms)
+    assert learnt < closed
