@@ -8,7 +8,6 @@ from cmlora.adapters.tuners.boft import BoftConfig, BoftLayer
 from cmlora.adapters.tuners.dylora import DyloraConfig, DyloraLayer
 from cmlora.adapters.tuners.hydra import HydraConfig, HydraLayer
 from cmlora.adapters.tuners.ia3 import Ia3Config, Ia3Layer
-from cmlora.adapters.tuners.layer import Tuner, plug
 from cmlora.adapters.tuners.loldu import LolduConfig, LolduLayer
 from cmlora.adapters.tuners.lora_sb import LoraSbConfig, LoraSbLayer
 from cmlora.adapters.tuners.lora_xs import LoraXsConfig, LoraXsLayer
@@ -19,6 +18,7 @@ from cmlora.adapters.tuners.nola import NolaConfig, NolaLayer
 from cmlora.adapters.tuners.oft import OftConfig, OftLayer
 from cmlora.adapters.tuners.orthogonal import OrthogonalConfig, OrthogonalLayer
 from cmlora.adapters.tuners.pissa import PissaConfig, PissaLayer
+from cmlora.adapters.tuners.plugin import Tuner, plug
 from cmlora.adapters.tuners.randlora import RandloraConfig, RandloraLayer
 from cmlora.adapters.tuners.s2ft import S2ftConfig, S2ftLayer
 from cmlora.adapters.tuners.sltrain import SltrainConfig, SltrainLayer

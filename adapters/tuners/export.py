@@ -10,7 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cmlora.adapters.tuners.layer import TunerLayer, full
+from cmlora.adapters.tuners.layer import TunerLayer
+from cmlora.adapters.tuners.tensors import full
 from cmlora.errors import CmloraError
 from cmlora.lora import DENOISERS, TEXT_ENCODERS, LoRA, Update
 

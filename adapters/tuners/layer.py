@@ -1,4 +1,4 @@
-"""What every tuner shares: a wrapped linear or convolution layer and the plug into PEFT.
+"""What every tuner shares: a wrapped linear or convolution layer with updates by name.
 
 A tuner says how its tensors start and what update of the flattened weight (O, I) they stand for;
 I is the number of weights per output, in channels times kernel for a convolution. Everything else
@@ -9,60 +9,17 @@ the start, so adapters can be added, scaled and removed independently of each ot
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import register_peft_method
-from peft.utils.peft_types import PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cmlora.adapters.tuners.plugin import TunerConfig, prefix_of
+from cmlora.adapters.tuners.tensors import full, generator
 from cmlora.errors import CmloraError
-
-
-@dataclass
-class TunerConfig(PeftConfig):  # type: ignore[misc]
-    """Settings that all tuners have.
-
-    Args:
-        r: rank, or whatever number takes its place in a method.
-        alpha: the update is multiplied by alpha / r; ``None`` is by 1.
-        target_modules: names of layers or their endings, or one regular expression.
-        exclude_modules: layers to leave out, in the same form.
-        modules_to_save: layers that are trained and saved whole.
-        bias: only "none"; PEFT asks for it.
-        seed: of everything random. Frozen random tensors are drawn again from it after loading.
-    """
-
-    r: int = 8
-    alpha: float | None = None
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    bias: str = "none"
-    seed: int = 0
-    method: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.method:
-            self.peft_type = peft_type(self.method)
-        if isinstance(self.target_modules, list | tuple):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list | tuple):
-            self.exclude_modules = set(self.exclude_modules)
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise CmloraError(f"{self.method}: r is {self.r!r}, not a whole number from 1")
-        if self.bias != "none":
-            raise CmloraError(f"{self.method}: bias is {self.bias!r}; only 'none' is supported")
-
-    def strength(self) -> float:
-        """What the update is multiplied by at weight 1."""
-        return 1.0 if self.alpha is None else self.alpha / self.r
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -94,7 +51,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        prefix = _prefix(cls.method)
+        prefix = prefix_of(cls.method)
         cls.adapter_layer_names = tuple(prefix + title for title in cls.trained)
         plain = ("r", "scaling", "config", "seeds", "initial", "frozen_tensors", "state", "ready")
         cls.other_param_names = (*(prefix + title for title in cls.stored), *plain)
@@ -107,7 +64,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
         for title in self.stored:
-            setattr(self, _prefix(self.method) + title, BufferDict(persistent=True))
+            setattr(self, prefix_of(self.method) + title, BufferDict(persistent=True))
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.initial: dict[str, float] = {}
@@ -157,7 +114,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def held(self, name: str, title: str) -> Tensor:
         """A trained or stored tensor as it is."""
-        tensor: Tensor = getattr(self, _prefix(self.method) + title)[name]
+        tensor: Tensor = getattr(self, prefix_of(self.method) + title)[name]
         return tensor
 
     def tensor(self, name: str, title: str) -> Tensor:
@@ -207,7 +164,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             values = self.start(adapter_name)
         weight = self.get_base_layer().weight
         for title, value in values.items():
-            held = getattr(self, _prefix(self.method) + title)
+            held = getattr(self, prefix_of(self.method) + title)
             dtype = torch.promote_types(weight.dtype, torch.float32)
             value = value.to(weight.device, dtype if value.is_floating_point() else None)
             value = value.clone(memory_format=torch.contiguous_format)
@@ -379,100 +336,3 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             raise CmloraError(f"{key} is quantized; {self.method} needs floating point weights")
         if name in self.merged_adapters:
             raise CmloraError(f"{name} is fused into {key}; unfuse it before adding it again")
-
-
-class TunerModel(BaseTuner):  # type: ignore[misc]
-    """Puts layers of one kind into a model."""
-
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-
-    def _create_and_replace(
-        self,
-        config: TunerConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
-        if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, config, current_key)
-            return
-        layer = self.tuner_layer_cls(target, adapter_name, config, current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-
-@dataclass(frozen=True)
-class Tuner:
-    """A method as PEFT has it.
-
-    Args:
-        config: class (or function) that makes the settings.
-        model: the class that puts layers into a model.
-        options: settings that make it this method, for classes that several methods share.
-    """
-
-    config: Any
-    model: Any
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def settings(self, **options: Any) -> Any:
-        """The settings of an adapter, for ``add_adapter`` or ``get_peft_model``."""
-        return self.config(**self.options | options)
-
-
-def plug(config: type[TunerConfig], layer: type[TunerLayer]) -> Tuner:
-    """Registers a method with PEFT, where its name begins with ``cm`` so that none is taken."""
-    kind = peft_type(config.method)
-    prefix = _prefix(config.method)
-    fields = {"prefix": prefix, "tuner_layer_cls": layer, "__module__": layer.__module__}
-    model = type(layer.__name__.removesuffix("Layer") + "Model", (TunerModel,), fields)
-    register_peft_method(name=kind.lower(), config_cls=config, model_cls=model, prefix=prefix)
-    return Tuner(config, model)
-
-
-def peft_type(method: str) -> Any:
-    """PEFT's type of a method of ours; added to its enumeration the first time."""
-    name = f"CM{method.upper()}"
-    if name in PeftType.__members__:
-        return PeftType[name]
-    # There is no public way, and transformers needs a member with a value, not only a string.
-    member = str.__new__(PeftType, name)
-    member._name_ = member._value_ = name
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
-    return member
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The tensor in at least single precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def generator(seed: int) -> torch.Generator:
-    """A stream of random numbers of its own; the global one is left alone."""
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def uniform(shape: tuple[int, ...], bound: float, random: torch.Generator) -> Tensor:
-    """Uniform numbers from -bound to bound."""
-    return (torch.rand(shape, generator=random) * 2 - 1) * bound
-
-
-def kaiming(rows: int, columns: int, random: torch.Generator) -> Tensor:
-    """(rows, columns), uniform within 1 / sqrt(columns): how PEFT starts a down factor."""
-    return uniform((rows, columns), columns**-0.5, random)
-
-
-def svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular vectors and values: (O, R), (R,), (R, I); R as far as there are."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank], s[:rank], vh[:rank]
-
-
-def _prefix(method: str) -> str:
-    return f"cm{method}_"

@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cmlora.adapters.tuners.layer import TunerConfig, TunerLayer, svd
+from cmlora.adapters.tuners.layer import TunerLayer
 from cmlora.adapters.tuners.lora_xs import fixed_signs
+from cmlora.adapters.tuners.plugin import TunerConfig
+from cmlora.adapters.tuners.tensors import svd
 from cmlora.errors import CmloraError
 
 

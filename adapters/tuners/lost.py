@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, cat
 from torch.nn import functional
 
-from cmlora.adapters.tuners.layer import TunerConfig, TunerLayer, svd
+from cmlora.adapters.tuners.layer import TunerLayer
+from cmlora.adapters.tuners.plugin import TunerConfig
+from cmlora.adapters.tuners.tensors import svd
 from cmlora.errors import CmloraError
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cmlora.adapters.tuners.layer import TunerConfig, TunerLayer
+from cmlora.adapters.tuners.layer import TunerLayer
+from cmlora.adapters.tuners.plugin import TunerConfig
 
 
 @dataclass

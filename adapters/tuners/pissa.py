@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, cat
 
-from cmlora.adapters.tuners.layer import TunerConfig, TunerLayer, svd
+from cmlora.adapters.tuners.layer import TunerLayer
+from cmlora.adapters.tuners.plugin import TunerConfig
+from cmlora.adapters.tuners.tensors import svd
 
 
 @dataclass

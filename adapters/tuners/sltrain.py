@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cmlora.adapters.tuners.layer import TunerConfig, TunerLayer, kaiming
+from cmlora.adapters.tuners.layer import TunerLayer
+from cmlora.adapters.tuners.plugin import TunerConfig
+from cmlora.adapters.tuners.tensors import kaiming
 from cmlora.errors import CmloraError
 
 

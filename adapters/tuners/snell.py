@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cmlora.adapters.tuners.layer import TunerConfig, TunerLayer, kaiming
+from cmlora.adapters.tuners.layer import TunerLayer
+from cmlora.adapters.tuners.plugin import TunerConfig
+from cmlora.adapters.tuners.tensors import kaiming
 from cmlora.errors import CmloraError
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmlora import container
-from cmlora.adapters.tuners.layer import generator
+from cmlora.adapters.tuners.tensors import generator
 from cmlora.errors import CmloraError
 from cmlora.lora import DENOISERS, TEXT_ENCODERS
 

@@ -1,7 +1,8 @@
 """Small layers with adapters on them, for the tests of tuners."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -119,3 +120,16 @@ def tensors(layer: TunerLayer, adapter: str = "a") -> dict[str, Any]:
         title: layer.tensor(adapter, title).detach().double().numpy()
         for title in (*layer.trained, *layer.stored)
     }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without PEFT's warnings that there is an adapter already, or that one was deleted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal but for rounding."""
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)

@@ -4,9 +4,6 @@ Each defect is shown on PEFT's tuner first: when a release mends it, the test sa
 may become unnecessary.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +12,15 @@ import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-from cmlora.adapters.tuners import TUNERS, layer, store
+from cmlora.adapters.tuners import TUNERS, plugin, store
 from cmlora.switching import AdapterSwitch
 from tests import tiny
 from tests.tuners import bench
+from tests.tuners.bench import quiet
 
 LINEAR = ["to_q", "to_out.0"]
 THEIRS = ("lora", "rslora", "dora", "loha", "lokr")
 INPUTS = (tiny.latents(), torch.tensor(3), torch.zeros(1, 4, 16) + 0.1)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def unet() -> Any:
@@ -81,10 +72,10 @@ def test_rows_of_peft_switch_save_and_load(name: str, tmp_path: Path) -> None:
 
 def test_no_name_of_ours_is_taken() -> None:
     for name in bench.OPTIONS:
-        kind = layer.peft_type(name)
+        kind = plugin.peft_type(name)
         assert kind.value == f"CM{name.upper()}"
         assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is TUNERS[name].object.model
-        assert layer.peft_type(name) is kind
+        assert plugin.peft_type(name) is kind
 
 
 def test_pissa_changes_the_base_for_good() -> None:
