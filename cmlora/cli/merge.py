@@ -21,9 +21,7 @@ _MEANING = {
 
 
 def merge(
-    loras: Annotated[
-        list[str], typer.Argument(help="PATH_OR_ID or PATH_OR_ID:WEIGHT, two or more.")
-    ],
+    loras: Annotated[list[str], typer.Argument(help="PATH_OR_ID or PATH_OR_ID:WEIGHT.")],
     output: Annotated[
         Path,
         typer.Option("--out", "-o", help="The .safetensors file to write.", show_default=False),

@@ -29,7 +29,18 @@ from tests.merging.makers import (
 
 METHODS = list(MERGES)
 FOLDER = Path(__file__).parents[2] / "adapters" / "merging"
-SHARED = {"__init__", "factors", "method", "run", "check", "align", "agree", "sparsify", "rmm"}
+SHARED = {
+    "__init__",
+    "factors",
+    "method",
+    "run",
+    "check",
+    "align",
+    "agree",
+    "sparsify",
+    "rmm",
+    "atlas",
+}
 
 
 def grams(loras: list[LoRA]) -> dict[str, dict[str, torch.Tensor]]:
