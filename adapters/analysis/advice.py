@@ -84,6 +84,13 @@ def _files(found: Findings) -> Iterator[Advice]:
     for name, norm in zip(found.names, found.norms, strict=True):
         if norm == 0:
             yield Advice("file", f"leave out {name}", "it does not change the denoiser at all")
+    for (i, j), shared in found.overlaps.items():
+        if not shared and found.norms[i] and found.norms[j]:
+            yield Advice(
+                "file",
+                f"check that {found.names[i]} and {found.names[j]} are for the same model",
+                "they change no module in common",
+            )
     for name, spikes in found.spikes.items():
         if spikes:
             loud = spikes[0]

@@ -93,7 +93,9 @@ def test_overlap_of_random_directions_is_chance() -> None:
 
 def test_a_module_on_one_side_only_shares_nothing() -> None:
     left, right = lora("left", 1, MODULES[:2]), lora("right", 2, MODULES[2:])
-    (pair,) = examine([left, right]).pairs()
+    report = examine([left, right])
+    (pair,) = report.pairs()
+    assert "no module in common" in said(report, "file")
     assert pair["cosine"] == 0.0
     assert pair["blocks"] == {}
 
