@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from cmlora.lora import DENOISERS, TEXT_ENCODERS
 
 PathLike = str | os.PathLike[str]
 
+_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")
 _SETTINGS, _RANDOM = "lora_adapter_metadata", "cmlora.random"
 
 
@@ -169,6 +171,12 @@ def _insert(
     config = config_of(table)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
     modules = {key.rsplit(f".{prefix}", 1)[0] for key in state}
+    # Patterns of a stranger's file could run for hours; the tensors name the layers anyway.
+    config.target_modules, config.exclude_modules = set(modules), None
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option, None) or {}:
+            if not _PLAIN.fullmatch(pattern):
+                raise CmloraError(f"{where}: {option} holds {pattern!r}, which is no name")
     absent = sorted(modules - {key for key, _ in model.named_modules()})
     if absent:
         raise CmloraError(f"{where} is for layers that are not in the model: {absent[0]}, ...")

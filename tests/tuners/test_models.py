@@ -197,6 +197,18 @@ def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None
         store.load(model, path, "a")
     with pytest.raises(CmloraError, match="no adapter 'b'"):
         store.save(model, "b", path)
+    terrible: Any = bench.adapt("nola", "linear")
+    terrible.peft_config["a"].target_modules = "(a*)*b"
+    store.save(terrible, "a", path)
+    fine: Any = bench.Holder(bench.base("linear"))
+    store.load(fine, path, "a")
+    assert fine.peft_config["a"].target_modules == {"layer"}
+    settings = TUNERS["loha"].object.settings(target_modules=["layer"], rank_pattern={"(a*)*b": 2})
+    loha = bench.Holder(bench.base("linear"))
+    bench.inject(loha, settings, "a")
+    store.save(loha, "a", path)
+    with pytest.raises(CmloraError, match="no name"):
+        store.load(bench.Holder(bench.base("linear")), path, "a")
     xs = bench.adapt("lora_sb", "linear")
     store.save(xs, "a", path)
     wrong = bench.Holder(bench.base("bare"))
