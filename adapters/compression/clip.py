@@ -11,8 +11,10 @@ from cmlora.adapters.compression.rule import Cost, Spectra
 from cmlora.errors import CmloraError
 
 
-def clip(spectra: Spectra, costs: Mapping[str, Cost], value: float = 3.0) -> dict[str, Tensor]:
+def clip(spectra: Spectra, costs: Mapping[str, Cost], value: float = 2.0) -> dict[str, Tensor]:
     """No singular value above ``value`` times the median module's first one.
+
+    The default is below what `cmlora.adapters.analysis.spikes` calls a spike.
 
     Raises:
         CmloraError: if the limit is not positive.
