@@ -13,7 +13,8 @@ from cmlora.adapters.merging.lego import lego
 from cmlora.adapters.merging.linear import factor_linear, linear
 from cmlora.adapters.merging.method import Method
 from cmlora.adapters.merging.pleas import pleas
-from cmlora.adapters.merging.run import Grams, MergeResult, run
+from cmlora.adapters.merging.result import MergeResult
+from cmlora.adapters.merging.run import Grams, run
 from cmlora.adapters.merging.sparse import (
     breadcrumbs,
     breadcrumbs_ties,

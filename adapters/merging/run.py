@@ -9,7 +9,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -19,47 +18,16 @@ from torch import Tensor
 from cmlora.adapters.merging.check import check_shape, check_values
 from cmlora.adapters.merging.factors import Pair, nearest, stack, truncate
 from cmlora.adapters.merging.method import Method, Outcome, read_options
+from cmlora.adapters.merging.result import MergeResult, Report
 from cmlora.errors import CmloraError
 from cmlora.lora import LoRA, Update
 
 Grams = Mapping[str, Mapping[str, Tensor]]
 
+_NOTHING = 1e-30
+"""Updates with a smaller norm vanish in single precision."""
+
 _INHERITED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "cmlora.base")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a merge cost and what it changed.
-
-    Args:
-        method: its name.
-        kind: what its weights mean, see `Method`.
-        errors: by block of the model, distance from the exact weighted sum relative to it.
-        error: the same over all modules.
-        rank: the largest rank of a module.
-        bytes: of the merged factors.
-        seconds: it took.
-        notes: means over the modules of what the method says of itself.
-        warnings: what the user should know.
-    """
-
-    method: str
-    kind: str
-    errors: Mapping[str, float]
-    error: float
-    rank: int
-    bytes: int
-    seconds: float
-    notes: Mapping[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """A merged LoRA, with scale 1 everywhere, and the report about it."""
-
-    lora: LoRA
-    report: Report
 
 
 class _Part(NamedTuple):
@@ -102,7 +70,9 @@ def run(
     for index, (module, parts) in enumerate(table.items()):
         if advance is not None:
             advance(index, len(table))
-        pairs = [Pair(*part.update.factors()) for part in parts]
+        parts, pairs, sizes = _present(parts)
+        if not parts:
+            continue
         strengths = [part.weight for part in parts]
         given: dict[str, Any] = {"rank": rank}
         given["generator"] = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module}".encode()))
@@ -123,7 +93,7 @@ def run(
         pair = _of_rank(found, rank, _ceiling(parts))
         if not pair.rank:
             continue
-        scale = math.fsum(abs(w) * p.norm() for p, w in zip(pairs, strengths, strict=True))
+        scale = math.fsum(abs(w) * size for w, size in zip(strengths, sizes, strict=True))
         exact = stack(pairs, strengths)
         lost.setdefault(block(module), []).append(_distance(pair, exact, scale))
         updates[module] = _update(pair, parts, dtype, remarks)
@@ -173,19 +143,21 @@ def _check(title: str, method: Method, loras: Sequence[LoRA], weights: Sequence[
 
 
 def _table(used: Sequence[tuple[LoRA, float]]) -> dict[str, list[_Part]]:
-    """By module what changes it; an update of zero is treated like a missing one."""
+    """By module what the LoRAs do to it."""
     table: dict[str, list[_Part]] = {}
     for module in sorted({module for lora, _ in used for module in lora.updates}):
         rows = [(lora, lora.updates[module], w) for lora, w in used if module in lora.updates]
         check_shape(module, [(lora.name, update) for lora, update, _ in rows])
-        parts = [
-            _Part(lora.name, update, weight)
-            for lora, update, weight in rows
-            if update.scale and update.up.any() and update.down.any()
-        ]
-        if parts:
-            table[module] = parts
+        table[module] = [_Part(lora.name, update, weight) for lora, update, weight in rows]
     return table
+
+
+def _present(parts: Sequence[_Part]) -> tuple[list[_Part], list[Pair], list[float]]:
+    """What is left, with factors and norms, when updates of zero are treated like missing ones."""
+    pairs = [Pair(*part.update.factors()) for part in parts]
+    sizes = [pair.norm() for pair in pairs]
+    rows = [row for row in zip(parts, pairs, sizes, strict=True) if row[2] > _NOTHING]
+    return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 
 
 def _ceiling(parts: Sequence[_Part]) -> int:

@@ -25,7 +25,8 @@ def by_rank(matrix: Tensor, density: float, epsilon: float, generator: torch.Gen
     to density + epsilon / 2 (arXiv:2406.11617, MagPrune).
     """
     columns = matrix.shape[1]
-    ranks = matrix.abs().argsort(1).argsort(1).to(matrix.dtype)
+    places = torch.arange(columns).to(matrix).expand_as(matrix)
+    ranks = torch.empty_like(matrix).scatter_(1, matrix.abs().argsort(1), places)
     spread = (ranks / max(columns - 1, 1) - 0.5) * epsilon if columns > 1 else 0 * ranks
     chances = (density + spread).clamp(1e-3, 1.0)
     return matrix * torch.bernoulli(chances, generator=generator) / chances

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cmlora.adapters.merging import MERGES, merge
-from cmlora.adapters.merging.run import MergeResult
+from cmlora.adapters.merging.result import MergeResult
 from cmlora.errors import CmloraError
 from cmlora.files import read, write
 from cmlora.lora import LoRA
@@ -26,6 +29,7 @@ from tests.merging.makers import (
     without,
     zeroed,
 )
+from tests.test_lora import shapes, updates
 
 METHODS = list(MERGES)
 FOLDER = Path(__file__).parents[2] / "adapters" / "merging"
@@ -34,6 +38,7 @@ SHARED = {
     "factors",
     "method",
     "run",
+    "result",
     "check",
     "align",
     "agree",
@@ -328,3 +333,28 @@ def test_values_too_large_for_half_precision_stay_single() -> None:
 
 def test_names_of_methods_are_distinct_words() -> None:
     assert all(a != b for a, b in itertools.combinations(METHODS, 2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=15)
+@given(st.data(), shapes())
+def test_any_shapes_and_ranks(method: str, data: st.DataObject, shape: tuple[int, ...]) -> None:
+    module = "unet.mid_block.resnets.0.conv1"
+    one, other = data.draw(updates(shape)), data.draw(updates(shape))
+    if "ranks" not in MERGES[method].object.promises:
+        other = one
+    width = math.prod(shape[1:])
+    given_grams = {name: {module: torch.eye(width) * 2} for name in "ab"}
+    loras = [LoRA("a", {module: one}), LoRA("b", {module: other})]
+    try:
+        merged = merge(loras, [0.5, 0.7], method, grams=given_grams)
+    except CmloraError:
+        assert method in ("slerp", "karcher")  # two numbers may well be opposite
+        return
+    for update in merged.lora.updates.values():
+        assert update.scale == 1
+        assert update.rank >= 1
+        assert update.delta().isfinite().all()
+        assert update.delta().flatten(1).shape == (shape[0], width)
+    assert math.isfinite(merged.report.error)
+    json.dumps(dict(merged.report.errors), allow_nan=False)
