@@ -18,7 +18,8 @@ from diffusers import AutoencoderKL
 from rich.console import Console
 from torch import Tensor, nn
 
-from cmlora.emoji.base import PICTURES, Averaged, encoded, to_tensor
+from cmlora.emoji.base import PICTURES, encoded, to_tensor
+from cmlora.emoji.checkpoint import Averaged, Checkpoint
 from cmlora.emoji.dataset import dataset
 from cmlora.emoji.latents import CHANNELS, PATCH, PatchBasis
 from cmlora.emoji.paths import work_folder
@@ -123,13 +124,8 @@ def train(steps: int, seed: int = 0) -> Path:
     modules = nn.ModuleList([decoder])
     average = Averaged(modules)
     optimizer = torch.optim.AdamW(decoder.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    checkpoint = folder / "vae.checkpoint.pt"
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        decoder.load_state_dict(state["decoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values, average.count, start = state["average"], state["count"], state["step"]
+    checkpoint = Checkpoint(folder / "vae.checkpoint.pt", modules, average, optimizer)
+    start = checkpoint.resume()
     test = to_tensor(dataset("test", 1000, seed=3, held_out=True).pictures[:256])
     began, losses = time.monotonic(), []
     for step in range(start, steps):
@@ -150,34 +146,15 @@ def train(steps: int, seed: int = 0) -> Path:
         average.update()
         losses.append(float(loss.detach()))
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            kept = [p.detach().clone() for p in decoder.parameters()]
-            state = {
-                "decoder": decoder.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average.values,
-                "count": average.count,
-                "step": step + 1,
-            }
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
-            average.copy_to()
-            with torch.no_grad():
-                quality = psnr(test, decoder(basis.encode(test)))
+            checkpoint.save(step + 1)
             final = build()
-            final.load_state_dict(model.state_dict())
+            with average.applied(), torch.no_grad():
+                quality = psnr(test, decoder(basis.encode(test)))
+                final.load_state_dict(model.state_dict())
             final.half().save_pretrained(folder / "vae")
-            with torch.no_grad():
-                for parameter, value in zip(decoder.parameters(), kept, strict=True):
-                    parameter.copy_(value)
             pace = (step + 1 - start) * BATCH / (time.monotonic() - began)
             console.print(
                 f"step {step + 1}/{steps} loss {np.mean(losses[-200:]):.4f} "
                 f"held-out PSNR {quality:.2f} dB {pace:.1f} pictures/s"
             )
     return folder / "vae"
-
-
-if __name__ == "__main__":
-    import sys
-
-    train(int(sys.argv[1]))

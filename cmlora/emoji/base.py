@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cmlora.emoji.captions import caption, made_up_word
+from cmlora.emoji.checkpoint import Averaged, Checkpoint
 from cmlora.emoji.dataset import Dataset, dataset
 from cmlora.emoji.latents import CHANNELS, PatchBasis
 from cmlora.emoji.paths import work_folder
@@ -98,27 +98,6 @@ def encoded(data: Dataset, name: str) -> tuple[Tensor, PatchBasis]:
     return torch.load(latent_file, weights_only=True), basis
 
 
-class Averaged:
-    """Exponential moving average of parameters, warmed up: min(decay, (1 + n) / (10 + n))."""
-
-    def __init__(self, modules: nn.ModuleList, decay: float = 0.999) -> None:
-        self.modules, self.decay, self.count = modules, decay, 0
-        self.values = [p.detach().clone() for p in modules.parameters()]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the present parameters."""
-        self.count += 1
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self.values, list(self.modules.parameters()), 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self) -> None:
-        """Overwrite the parameters with their average."""
-        for parameter, value in zip(self.modules.parameters(), self.values, strict=True):
-            parameter.copy_(value)
-
-
 def train(steps: int, seed: int = 0) -> Path:
     """Train, or continue from the last checkpoint.
 
@@ -143,13 +122,9 @@ def train(steps: int, seed: int = 0) -> Path:
         models.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     alphas_cumprod = scheduler().alphas_cumprod
-    checkpoint = folder / "base.checkpoint.pt"
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        models.load_state_dict(state["models"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values, average.count, start = state["average"], state["count"], state["step"]
+    checkpoint = Checkpoint(folder / "base.checkpoint.pt", models, average, optimizer)
+    start = checkpoint.resume()
+    if start:
         console.print(f"continuing at step {start}")
     began, losses = time.monotonic(), []
     for step in range(start, steps):
@@ -187,35 +162,17 @@ def train(steps: int, seed: int = 0) -> Path:
                 f"step {step + 1}/{steps} loss {np.mean(losses[-SAVE_EVERY:]):.4f} "
                 f"{pace:.1f} pictures/s"
             )
-            state = {
-                "models": models.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average.values,
-                "count": average.count,
-                "step": step + 1,
-            }
-            torch.save(state, checkpoint.with_suffix(".new"))
-            checkpoint.with_suffix(".new").replace(checkpoint)
-            _export(folder / "base", models, average)
+            checkpoint.save(step + 1)
+            with average.applied():
+                _export(folder / "base", unet, text_encoder)
     return folder / "base"
 
 
-def _export(folder: Path, models: nn.ModuleList, average: Averaged) -> None:
-    """Save the averaged models in diffusers and transformers format, fp16."""
-    kept = [p.detach().clone() for p in models.parameters()]
-    average.copy_to()
-    unet, text_encoder = build_unet(), models[1]
-    unet.load_state_dict(models[0].state_dict())
-    unet.half().save_pretrained(folder / "unet")
+def _export(folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+    """Save the models in diffusers and transformers format, fp16."""
+    half = build_unet()
+    half.load_state_dict(unet.state_dict())
+    half.half().save_pretrained(folder / "unet")
     text = CLIPTextModel(text_encoder.config)
     text.load_state_dict(text_encoder.state_dict())
     text.half().save_pretrained(folder / "text_encoder")
-    with torch.no_grad():
-        for parameter, value in zip(models.parameters(), kept, strict=True):
-            parameter.copy_(value)
-
-
-if __name__ == "__main__":
-    import sys
-
-    print(json.dumps(str(train(int(sys.argv[1])))))
