@@ -184,6 +184,8 @@ def test_interrupting_keeps_what_is_finished(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell that starts the tests in the background makes them ignore the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (out / "merge_2.png").exists():
         assert run.poll() is None, run.communicate()[1]
