@@ -133,3 +133,22 @@ def quiet() -> Iterator[None]:
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
     """Equal but for rounding."""
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def adapted(name: str, kind: str = "linear", shaken: bool = True, **options: Any) -> Any:
+    """The first layer of a model with a tuner, its parameters away from the start."""
+    model = adapt(name, kind, **options)
+    if shaken:
+        shake(model)
+    return layers(model)[0]
+
+
+def delta(layer: Any) -> Tensor:
+    """The update of a layer, (out, rest)."""
+    result: Tensor = layer.get_delta_weight("a").detach().flatten(1)
+    return result
+
+
+def rank(matrix: Tensor) -> int:
+    """Numerical rank."""
+    return int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-5))

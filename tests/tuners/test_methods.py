@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from cmlora.adapters.tuners import TUNERS, dylora, lora_sb, maestro
+from cmlora.adapters.tuners import TUNERS, lora_sb
 from cmlora.adapters.tuners.snella import Allocator, shared_out
 from cmlora.errors import CmloraError
 from tests.tuners import bench
@@ -43,25 +43,9 @@ COUNTS = {  # of (O, I) = (12, 8), with the bench's settings
 }
 
 
-def adapted(name: str, kind: str = "linear", shake: bool = True, **options: Any) -> Any:
-    model = bench.adapt(name, kind, **options)
-    if shake:
-        bench.shake(model)
-    return bench.layers(model)[0]
-
-
-def delta(layer: Any) -> Tensor:
-    result: Tensor = layer.get_delta_weight("a").detach().flatten(1)
-    return result
-
-
-def rank(matrix: Tensor) -> int:
-    return int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-5))
-
-
 @pytest.mark.parametrize("name", COUNTS)
 def test_number_of_trained_parameters(name: str) -> None:
-    layer = adapted(name, shake=False)
+    layer = bench.adapted(name, shaken=False)
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == COUNTS[name]
 
 
@@ -80,34 +64,34 @@ def test_variants_have_the_references_update() -> None:
     for (name, options), kind in itertools.product(cases, ("linear", "conv3")):
         if kind == "conv3" and name == "boft":
             continue  # 36 is no multiple of 8
-        layer = adapted(name, kind, **options)
+        layer = bench.adapted(name, kind, **options)
         weight = layer.matrix().double().numpy()
         config = layer.config["a"]
         expected = REFERENCES[name](weight, bench.tensors(layer), config, layer.seeds["a"])
         expected = torch.tensor(expected).float() * config.strength()
-        torch.testing.assert_close(delta(layer), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bench.delta(layer), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_nola_trains_fewer_numbers_than_rank_one_whatever_the_rank() -> None:
     counts = {
-        r: sum(p.numel() for p in adapted("nola", r=r).parameters() if p.requires_grad)
+        r: sum(p.numel() for p in bench.adapted("nola", r=r).parameters() if p.requires_grad)
         for r in (2, 4)
     }
     assert counts[2] == counts[4] < 12 + 8
-    assert rank(delta(adapted("nola", "bare", r=2))) == 2
+    assert bench.rank(bench.delta(bench.adapted("nola", "bare", r=2))) == 2
 
 
 def test_randlora_has_full_rank_only_with_distinct_outer_scales() -> None:
-    layer = adapted("randlora", "bare")
-    assert rank(delta(layer)) == 12
+    layer = bench.adapted("randlora", "bare")
+    assert bench.rank(bench.delta(layer)) == 12
     with torch.no_grad():
         layer.cmrandlora_outer["a"].fill_(0.3)
-    assert rank(delta(layer)) <= 3
+    assert bench.rank(bench.delta(layer)) <= 3
 
 
 @pytest.mark.parametrize("name", ["nola", "randlora"])
 def test_what_is_drawn_is_kept_until_something_changes(name: str) -> None:
-    layer = adapted(name)
+    layer = bench.adapted(name)
     layer.eval()
     x = bench.data(layer.base_layer)
     with torch.no_grad():
@@ -127,16 +111,20 @@ def test_what_is_drawn_is_kept_until_something_changes(name: str) -> None:
 
 
 def test_vera_layers_share_their_bases_through_the_seed() -> None:
-    one, other, wide = adapted("vera"), adapted("vera", "conv1"), adapted("vera", "bare")
+    one, other, wide = (
+        bench.adapted("vera"),
+        bench.adapted("vera", "conv1"),
+        bench.adapted("vera", "bare"),
+    )
     assert torch.equal(one.frozen("a", "down"), other.frozen("a", "down"))
     ratio = wide.frozen("a", "down")[:, :8] / one.frozen("a", "down")
     assert torch.allclose(ratio, torch.full_like(ratio, (8 / 12) ** 0.5))
 
 
 def test_lora_xs_stays_in_the_span_and_reaches_the_best_there() -> None:
-    layer = adapted("lora_xs")
+    layer = bench.adapted("lora_xs")
     u, s, vh = torch.linalg.svd(layer.matrix(), full_matrices=False)
-    update = delta(layer)
+    update = bench.delta(layer)
     assert torch.allclose(u[:, :3] @ u[:, :3].T @ update, update, atol=1e-5)
     target = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
     best = u[:, :3].T @ target @ vh[:3].T / s[:3] / layer.scaling["a"]
@@ -144,7 +132,7 @@ def test_lora_xs_stays_in_the_span_and_reaches_the_best_there() -> None:
     with torch.no_grad():
         layer.cmlora_xs_core["a"].copy_(signs @ best @ signs)
     projected = u[:, :3] @ u[:, :3].T @ target @ vh[:3].T @ vh[:3]
-    assert torch.allclose(delta(layer), projected, atol=1e-5)
+    assert torch.allclose(bench.delta(layer), projected, atol=1e-5)
 
 
 def test_lora_sb_starts_at_the_best_copy_of_the_first_step() -> None:
@@ -155,7 +143,7 @@ def test_lora_sb_starts_at_the_best_copy_of_the_first_step() -> None:
         lora_sb.prime(model, "a", {"layer": gradient}, 0.01, sign)
         step = (-0.01 * (gradient.sign() if sign else gradient)).flatten(1)
         values = torch.linalg.svdvals(step)
-        error = (delta(layer) - step).norm()
+        error = (bench.delta(layer) - step).norm()
         assert torch.isclose(error, values[3:].norm(), rtol=1e-4)
         assert not torch.isclose(error, torch.tensor(0.0))
         up = layer.tensor("a", "up")
@@ -174,36 +162,36 @@ def test_lora_sb_starts_at_the_best_copy_of_the_first_step() -> None:
 
 
 def test_pissa_holds_the_leading_part() -> None:
-    layer = adapted("pissa", shake=False)
+    layer = bench.adapted("pissa", shaken=False)
     with torch.no_grad():
         layer.cmpissa_up["a"].zero_()
-    rest = layer.matrix() + delta(layer)
+    rest = layer.matrix() + bench.delta(layer)
     values = torch.linalg.svdvals(layer.matrix())
     assert torch.isclose(rest.norm(), values[3:].norm(), rtol=1e-4)
 
 
 def test_svfit_keeps_the_singular_vectors_and_chooses_by_energy() -> None:
-    layer = adapted("svfit")
-    assert torch.isclose(delta(layer).norm(), layer.tensor("a", "values").norm(), rtol=1e-4)
+    layer = bench.adapted("svfit")
+    assert torch.isclose(bench.delta(layer).norm(), layer.tensor("a", "values").norm(), rtol=1e-4)
     values = torch.linalg.svdvals(layer.matrix()).square()
-    count = len(adapted("svfit", r=8, energy=0.9).tensor("a", "values"))
+    count = len(bench.adapted("svfit", r=8, energy=0.9).tensor("a", "values"))
     assert values[:count].sum() >= 0.9 * values.sum() > values[: count - 1].sum()
 
 
 def test_hydra_sequential_branch_recombines_the_weight() -> None:
-    layer = adapted("hydra", "wide")
+    layer = bench.adapted("hydra", "wide")
     with torch.no_grad():
         layer.cmhydra_up["a"].zero_()
     _, _, vh = torch.linalg.svd(layer.matrix(), full_matrices=False)
-    assert torch.allclose(delta(layer) @ vh.T @ vh, delta(layer), atol=1e-5)
+    assert torch.allclose(bench.delta(layer) @ vh.T @ vh, bench.delta(layer), atol=1e-5)
     assert layer.bias_update("a").abs().max() > 1e-3
-    only = adapted("hydra", sequential_r=0)
-    assert rank(delta(only)) == 2
+    only = bench.adapted("hydra", sequential_r=0)
+    assert bench.rank(bench.delta(only)) == 2
     assert not only.bias_update("a").any()
 
 
 def test_block_lora_over_ranks_moves_its_blocks_together() -> None:
-    layer = adapted("block_lora", shake=False)
+    layer = bench.adapted("block_lora", shaken=False)
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
@@ -211,19 +199,22 @@ def test_block_lora_over_ranks_moves_its_blocks_together() -> None:
         optimizer.step()
     up = layer.tensor("a", "up")
     assert torch.equal(up[0], up[1])
-    assert rank(delta(layer)) == 2
-    assert rank(delta(adapted("block_lora", split="input"))) == 4
+    assert bench.rank(bench.delta(layer)) == 2
+    assert bench.rank(bench.delta(bench.adapted("block_lora", split="input"))) == 4
 
 
 @given(share=st.floats(0, 0.99), form=st.sampled_from(["official", "soft", "hard"]))
 def test_snell_has_exactly_the_sparsity_asked_for(share: float, form: str) -> None:
-    layer = adapted("snell", sparsity=share, sparsify=form)
-    assert int((delta(layer) == 0).sum()) == round(share * 96)
+    layer = bench.adapted("snell", sparsity=share, sparsify=form)
+    assert int((bench.delta(layer) == 0).sum()) == round(share * 96)
 
 
 def test_snell_is_of_full_rank_and_ties_heads_for_a_start_at_zero() -> None:
-    assert rank(delta(adapted("snell", "bare", sparsity=0.0))) == 12
-    assert delta(adapted("snell", shake=False, tie_heads=False, sparsity=0.0)).abs().max() > 0
+    assert bench.rank(bench.delta(bench.adapted("snell", "bare", sparsity=0.0))) == 12
+    assert (
+        bench.delta(bench.adapted("snell", shaken=False, tie_heads=False, sparsity=0.0)).abs().max()
+        > 0
+    )
 
 
 def test_snella_shares_a_falling_budget_by_score() -> None:
@@ -240,7 +231,7 @@ def test_snella_shares_a_falling_budget_by_score() -> None:
     order = np.argsort(scores)
     assert sorted(counts) == [counts[n] for n in order]
     for layer, count in zip(bench.layers(model), counts, strict=True):
-        assert int((delta(layer) != 0).sum()) == count
+        assert int((bench.delta(layer) != 0).sum()) == count
 
 
 @given(
@@ -255,7 +246,7 @@ def test_shares_spend_the_whole_budget_and_fit(budget: int, rows: list[tuple[flo
 
 
 def test_s2ft_leaves_all_other_entries_alone() -> None:
-    layer = adapted("s2ft", "conv3", side="output", select="weight")
+    layer = bench.adapted("s2ft", "conv3", side="output", select="weight")
     chosen = layer.chosen("a").tolist()
     norms = layer.matrix().norm(dim=1)
     assert set(chosen) == set(norms.topk(len(chosen)).indices.tolist())
@@ -263,93 +254,14 @@ def test_s2ft_leaves_all_other_entries_alone() -> None:
     layer.merge()
     changed = (layer.base_layer.weight != before).flatten(1).any(1)
     assert changed.nonzero().flatten().tolist() == chosen
-    blocks = adapted("s2ft", "bare", block=4, share=0.5).chosen("a").reshape(-1, 4)
+    blocks = bench.adapted("s2ft", "bare", block=4, share=0.5).chosen("a").reshape(-1, 4)
     assert torch.equal(blocks - blocks[:, :1], torch.arange(4).expand_as(blocks))
     assert not (blocks[:, 0] % 4).any()
 
 
-def test_dylora_cut_to_a_rank_is_the_lora_of_that_rank() -> None:
-    model = bench.adapt("dylora", "linear", alpha=6)
-    bench.shake(model)
-    layer: Any = bench.layers(model)[0]
-    up, down = layer.tensor("a", "up"), layer.tensor("a", "down")
-    for cut in (1, 2, 4):
-        dylora.set_rank(model, "a", cut)
-        expected = 6 / cut * up[:, :cut] @ down[:cut]
-        assert torch.allclose(delta(layer), expected, atol=1e-5)
-    ranks = {dylora.draw_rank(model, "a", torch.Generator().manual_seed(n)) for n in range(30)}
-    assert ranks == {1, 2, 3, 4}
-    with pytest.raises(CmloraError, match="between 1 and 4"):
-        dylora.set_rank(model, "a", 5)
-
-
-def test_dylora_frozen_trains_the_last_rank_only() -> None:
-    model = bench.adapt("dylora", "linear", frozen=True)
-    bench.shake(model)
-    layer: Any = bench.layers(model)[0]
-    dylora.set_rank(model, "a", 3)
-    model(bench.data(layer.base_layer)).square().sum().backward()
-    touched = layer.cmdylora_down["a"].grad.abs().sum(1) > 0
-    assert touched.tolist() == [False, False, True, False]
-
-
-def test_maestro_recovers_the_svd_on_a_linear_target() -> None:
-    model = bench.adapt("maestro", "linear", r=8, alpha=None)
-    bench.shake(model)
-    layer: Any = bench.layers(model)[0]
-    target = torch.randn(12, 8, generator=torch.Generator().manual_seed(5)) @ torch.diag(
-        torch.tensor([3, 2, 1.5, 1, 0.7, 0.5, 0.3, 0.2])
-    )
-    optimizer = torch.optim.LBFGS(
-        [p for p in layer.parameters() if p.requires_grad],
-        max_iter=800,
-        history_size=50,
-        line_search_fn="strong_wolfe",
-    )
-
-    def errors() -> list[Tensor]:
-        found = []
-        for cut in range(1, 9):
-            layer.set_rank("a", cut)
-            found.append((layer.update("a") - target).square().sum())
-        return found
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = torch.stack(errors()).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    best = torch.linalg.svdvals(target).square().flip(0).cumsum(0).flip(0)[1:]
-    for error, least in zip(errors()[:-1], best, strict=True):
-        assert float(error) <= 1.01 * float(least) + 1e-3
-
-
-def test_maestro_cuts_one_layer_and_orders_importance() -> None:
-    model = nn.Sequential(bench.base("linear"), bench.base("wide"))
-    bench.inject(model, bench.settings("maestro", ["0", "1"]), "a")
-    bench.shake(model)
-    seen = set()
-    for number in range(40):
-        layer, cut = maestro.draw_layer(model, "a", torch.Generator().manual_seed(number))
-        seen.add((layer, cut))
-        ranks = [found.state["a"] for found in bench.layers(model)]
-        assert ranks[layer] == cut
-        assert ranks[1 - layer] == 4
-    assert seen == set(itertools.product((0, 1), (1, 2, 3, 4)))
-    first: Any = bench.layers(model)[0]
-    importance = first.importance("a").tolist()
-    assert importance == sorted(importance, reverse=True)
-    up, down = first.tensor("a", "up"), first.tensor("a", "down")
-    expected = sum(up[:, b:].norm() + down[b:].norm() for b in range(4))
-    assert torch.isclose(first.penalty("a"), expected)
-    assert float(maestro.penalty(model, "a")) > float(expected)
-
-
 def test_allora_scales_gradients_of_the_factors_alone() -> None:
     for kind in ("linear", "strided"):
-        plain, paced = adapted("dylora", kind, r=3, alpha=None), adapted("allora", kind)
+        plain, paced = bench.adapted("dylora", kind, r=3, alpha=None), bench.adapted("allora", kind)
         with torch.no_grad():
             for title in ("up", "down"):
                 value = plain.tensor("a", title)
@@ -360,40 +272,40 @@ def test_allora_scales_gradients_of_the_factors_alone() -> None:
             layer(x).square().sum().backward()
             inputs.append(x.grad)
         torch.testing.assert_close(*inputs, rtol=1e-4, atol=1e-4)
-        norms = delta(paced).norm(dim=1)
+        norms = bench.delta(paced).norm(dim=1)
         pace = 1 / (norms + 1 / 2.0**2).sqrt()
         expected = pace[:, None] * plain.cmdylora_up["a"].grad
         torch.testing.assert_close(paced.cmallora_up["a"].grad, expected, rtol=1e-3, atol=1e-3)
-    assert torch.allclose(adapted("allora", shake=False).pace("a"), torch.tensor(2.0))
+    assert torch.allclose(bench.adapted("allora", shaken=False).pace("a"), torch.tensor(2.0))
 
 
 def test_orthogonal_slots_do_not_meet() -> None:
-    layers = [adapted("orthogonal", slot=slot) for slot in range(4)]
+    layers = [bench.adapted("orthogonal", slot=slot) for slot in range(4)]
     for one, other in itertools.combinations(layers, 2):
-        a, b = delta(one), delta(other)
+        a, b = bench.delta(one), bench.delta(other)
         assert abs(float((a * b).sum())) < 1e-5 * float(a.norm() * b.norm())
         assert (a @ other.frozen("a", "down").T).abs().max() < 1e-5
     with pytest.raises(CmloraError, match="slot 4"):
-        adapted("orthogonal", slot=4)
+        bench.adapted("orthogonal", slot=4)
 
 
 def test_sltrain_exceeds_its_rank() -> None:
-    assert rank(delta(adapted("sltrain", "bare", density=0.3))) > 2
+    assert bench.rank(bench.delta(bench.adapted("sltrain", "bare", density=0.3))) > 2
 
 
 def test_lost_takes_the_columns_that_the_factors_miss_most() -> None:
-    layer = adapted("lost", shake=False, balance=1.0)
+    layer = bench.adapted("lost", shaken=False, balance=1.0)
     u, s, vh = torch.linalg.svd(layer.matrix(), full_matrices=False)
     rest = layer.matrix() - (u[:, :2] * s[:2]) @ vh[:2]
     top = set(rest.norm(dim=0).topk(2).indices.tolist())
     assert set(layer.frozen("a", "chosen").tolist()) == top
     with torch.no_grad():
         layer.cmlost_up["a"].zero_()
-    assert torch.allclose(layer.matrix() + delta(layer), rest, atol=1e-5)
+    assert torch.allclose(layer.matrix() + bench.delta(layer), rest, atol=1e-5)
 
 
 def test_lost_with_a_function_between_its_factors_is_no_update_of_the_weight() -> None:
-    layer = adapted("lost", shake=False, nonlinear=True)
+    layer = bench.adapted("lost", shaken=False, nonlinear=True)
     x = bench.data(layer.base_layer)
     assert torch.equal(layer(x), layer.base_layer(x))
     bench.shake(layer)
@@ -406,13 +318,13 @@ def test_lost_with_a_function_between_its_factors_is_no_update_of_the_weight() -
 
 @pytest.mark.parametrize("name", ["oft", "boft"])
 def test_rotations_keep_singular_values(name: str) -> None:
-    layer = adapted(name, "conv3")
+    layer = bench.adapted(name, "conv3")
     if name == "boft":
         with torch.no_grad():
             layer.cmboft_scale["a"].zero_()
     before = torch.linalg.svdvals(layer.matrix())
-    after = torch.linalg.svdvals(layer.matrix() + delta(layer))
-    assert delta(layer).norm() > 0.1
+    after = torch.linalg.svdvals(layer.matrix() + bench.delta(layer))
+    assert bench.delta(layer).norm() > 0.1
     assert torch.allclose(before, after, atol=1e-5)
 
 
