@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+from cmlora.adapters.compression import COMPRESSIONS, RULES
+from cmlora.adapters.merging import MERGES
+from cmlora.adapters.tuners import TUNERS
 from cmlora.caching.policy import POLICIES
 from cmlora.cli.app import app
 from cmlora.cli.cost import estimate
@@ -33,7 +36,15 @@ def cost_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"methods": METHODS.table, "policies": POLICIES.table, "cost": cost_table}
+TABLES = {
+    "methods": METHODS.table,
+    "policies": POLICIES.table,
+    "cost": cost_table,
+    "merges": MERGES.table,
+    "rules": RULES.table,
+    "compressions": COMPRESSIONS.table,
+    "tuners": TUNERS.table,
+}
 
 
 def blocks(language: str) -> list[str]:
