@@ -29,7 +29,7 @@ CARRIER = 200.0
 the same number."""
 GROUPS = 8
 BATCH = 16
-RATE = 2e-3
+RATE = 3e-3
 BLUR = 0.03
 """Standard deviation of the noise on the latents that the decoder learns from: the denoiser's
 latents are not exact either."""
@@ -38,7 +38,7 @@ latents are not exact either."""
 def build() -> AutoencoderKL:
     """An untrained autoencoder: 64x64 RGB to 12 channels on a 16x16 grid."""
     return AutoencoderKL(
-        block_out_channels=(32, 64, 64),
+        block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -78,7 +78,7 @@ def set_encoder(model: AutoencoderKL, basis: PatchBasis) -> None:
     encoder.conv_norm_out.weight.fill_(1.0)
     logvar = encoder.conv_out.bias[CHANNELS:]
     logvar.fill_(-30.0)
-    per_group = project.weight.shape[0] // GROUPS
+    per_group = encoder.conv_norm_out.num_channels // GROUPS
     values = (per_group - 2) // 2
     for component in range(CHANNELS):
         group, place = divmod(component, values)

@@ -49,12 +49,16 @@ class Checkpoint:
     Args:
         path: the file.
         models: what is trained.
-        average: of the same parameters.
+        average: of the same parameters, if one is kept.
         optimizer: that trains them.
     """
 
     def __init__(
-        self, path: Path, models: nn.Module, average: Averaged, optimizer: torch.optim.Optimizer
+        self,
+        path: Path,
+        models: nn.Module,
+        average: Averaged | None,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         self.path, self.models, self.average, self.optimizer = path, models, average, optimizer
 
@@ -65,7 +69,8 @@ class Checkpoint:
         state = torch.load(self.path, weights_only=True)
         self.models.load_state_dict(state["models"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average.values, self.average.count = state["average"], state["count"]
+        if self.average is not None:
+            self.average.values, self.average.count = state["average"], state["count"]
         step: int = state["step"]
         return step
 
@@ -74,10 +79,10 @@ class Checkpoint:
         state = {
             "models": self.models.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "average": self.average.values,
-            "count": self.average.count,
             "step": step,
         }
+        if self.average is not None:
+            state |= {"average": self.average.values, "count": self.average.count}
         new = self.path.with_suffix(".new")
         torch.save(state, new)
         new.replace(self.path)

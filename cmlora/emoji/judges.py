@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cmlora.emoji import clip
 from cmlora.emoji.base import to_tensor, training_tokenizer
 from cmlora.emoji.captions import caption
+from cmlora.emoji.checkpoint import Checkpoint
 from cmlora.emoji.dataset import dataset
 from cmlora.emoji.latents import PatchBasis
 from cmlora.emoji.paths import work_folder
@@ -50,7 +51,7 @@ def shifted(pictures: Tensor, generator: torch.Generator, most: int = 3) -> Tens
 
 
 def train_probe(steps: int, seed: int = 0, batch: int = 64, rate: float = 3e-3) -> Path:
-    """Train the probe on renders of everything, held-out concepts included."""
+    """Train the probe, or continue, on renders of everything, held-out concepts included."""
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
     console = Console(stderr=True)
@@ -61,8 +62,10 @@ def train_probe(steps: int, seed: int = 0, batch: int = 64, rate: float = 3e-3) 
     probe = Probe().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(probe.parameters(), rate, weight_decay=0.02)
     labels = torch.from_numpy(data.labels.astype(np.int64))
+    checkpoint = Checkpoint(folder / "probe.checkpoint.pt", probe, None, optimizer)
+    start = checkpoint.resume()
     began, path = time.monotonic(), folder / "probe.safetensors"
-    for step in range(steps):
+    for step in range(start, steps):
         rng = np.random.default_rng((seed, step))
         rows = rng.integers(PICTURES, size=batch)
         generator = torch.Generator().manual_seed(seed * 10_000_019 + step)
@@ -86,7 +89,8 @@ def train_probe(steps: int, seed: int = 0, batch: int = 64, rate: float = 3e-3) 
                 k: v.half() if v.is_floating_point() else v for k, v in probe.state_dict().items()
             }
             save_file({k: v.contiguous() for k, v in state.items()}, path)
-            pace = (step + 1) * batch / (time.monotonic() - began)
+            checkpoint.save(step + 1)
+            pace = (step + 1 - start) * batch / (time.monotonic() - began)
             shown = " ".join(f"{c} {v:.4f}" for c, v in marks.items())
             console.print(f"step {step + 1}/{steps} loss {float(loss):.3f} {shown} {pace:.0f}/s")
     return path
@@ -107,7 +111,7 @@ def probe_accuracy(probe: Probe, pictures: np.ndarray, labels: np.ndarray) -> di
 
 
 def train_clip(steps: int, seed: int = 0, batch: int = 128, rate: float = 1e-3) -> Path:
-    """Train the small CLIP on scene and caption pairs; saves an open_clip folder."""
+    """Train the small CLIP on scene and caption pairs, or continue; saves an open_clip folder."""
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
     console = Console(stderr=True)
@@ -119,8 +123,10 @@ def train_clip(steps: int, seed: int = 0, batch: int = 128, rate: float = 1e-3) 
     config["text_cfg"]["vocab_size"] = len(tokenizer)
     model = clip.open_clip().CLIP(**config)
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.98), weight_decay=0.05)
+    checkpoint = Checkpoint(folder / "clip.checkpoint.pt", model, None, optimizer)
+    start = checkpoint.resume()
     began, losses, path = time.monotonic(), [], folder / "clip"
-    for step in range(steps):
+    for step in range(start, steps):
         rng = np.random.default_rng((seed, step))
         rows = rng.integers(PICTURES, size=batch)
         generator = torch.Generator().manual_seed(seed * 10_000_019 + step)
@@ -144,7 +150,8 @@ def train_clip(steps: int, seed: int = 0, batch: int = 128, rate: float = 1e-3) 
         losses.append(float(loss.detach()))
         if (step + 1) % 250 == 0 or step + 1 == steps:
             _export_clip(model, config, tokenizer, path)
-            pace = (step + 1) * batch / (time.monotonic() - began)
+            checkpoint.save(step + 1)
+            pace = (step + 1 - start) * batch / (time.monotonic() - began)
             console.print(f"step {step + 1}/{steps} loss {np.mean(losses[-250:]):.4f} {pace:.0f}/s")
     return path
 

@@ -22,7 +22,7 @@ from cmlora.emoji.paths import WEIGHTS, work_folder
 from cmlora.emoji.schedule import scheduler
 from cmlora.emoji.weights import LORAS, Series
 
-STEPS = {"base": 12_000, "vae": 6_000, "probe": 4_000, "clip": 4_000, "lora": concepts.STEPS}
+STEPS = {"base": 12_000, "vae": 2_500, "probe": 3_000, "clip": 2_000, "lora": concepts.STEPS}
 """Default length of each training, in optimizer steps."""
 
 
