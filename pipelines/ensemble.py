@@ -18,7 +18,7 @@ from cmlora.frequency.card import Profile, card_path, read_card
 from cmlora.frequency.profile import base_id
 from cmlora.pipelines import library
 from cmlora.pipelines.models import fingerprint
-from cmlora.plan import Member, Policy, Role
+from cmlora.plan import Member, Policy, Role, Strategy
 from cmlora.recipe import image_seed
 
 
@@ -152,7 +152,7 @@ class Ensemble:
         call: Callable[..., Any],
         prompt: Any = None,
         *args: Any,
-        composition: str = "cmlora",
+        composition: str | Strategy = "cmlora",
         lora_weights: Mapping[str, float] | Sequence[float] | None = None,
         members: Sequence[Member] | None = None,
         cache: str | Policy | None = None,
@@ -168,7 +168,7 @@ class Ensemble:
             call: the pipeline's call.
             prompt: as the pipeline takes it.
             *args: further positional arguments of the pipeline.
-            composition: a name from `cmlora.strategies.METHODS`.
+            composition: a name from `cmlora.strategies.METHODS`, or a strategy of your own.
             lora_weights: see `weights`.
             members: the same LoRAs described otherwise than by `members`.
             cache: a cache policy such as ``none``, ``uniform:3``, ``nonuniform``; by default
@@ -209,7 +209,7 @@ class Ensemble:
         return output
 
 
-def default_cache(method: str, pipe: Any) -> str:
+def default_cache(method: str | Strategy, pipe: Any) -> str:
     """The cache policy a method has in a pipeline unless told otherwise."""
     cacheable = type(getattr(pipe, "unet", None)).__name__ == "UNet2DConditionModel"
     return "nonuniform" if method == "cmlora" and cacheable else "none"

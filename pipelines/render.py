@@ -17,7 +17,7 @@ from cmlora.pipelines import library
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.ensemble import default_cache
 from cmlora.pipelines.models import EMBEDDED, fingerprint, resolve
-from cmlora.plan import Role
+from cmlora.plan import Role, Strategy
 from cmlora.recipe import Ingredient, Recipe, current_versions
 from cmlora.strategies import METHODS, check_options
 
@@ -116,7 +116,12 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
 
 
 def render(
-    pipe: CMLoRAPipeline, recipe: Recipe, *, on_step: Callable[[], None] = lambda: None
+    pipe: CMLoRAPipeline,
+    recipe: Recipe,
+    *,
+    on_step: Callable[[], None] = lambda: None,
+    on_latents: Callable[[int, Any], None] = lambda index, latents: None,
+    strategy: Strategy | None = None,
 ) -> Rendered:
     """Carry a recipe out in a pipeline that has its LoRAs.
 
@@ -126,11 +131,14 @@ def render(
         pipe: see `restore`.
         recipe: what to make.
         on_step: called after every denoising step.
+        on_latents: called after every denoising step with its index and the latents (B, C, H, W),
+            which it may look at and not change.
+        strategy: carried out in place of the method of that name, with the same options; one that
+            measures what the method does while it does it.
 
     Raises:
         CmloraError: if the engine refuses it.
     """
-
     weights = {lora.name: lora.weight for lora in recipe.loras}
     known = {member.name: member for member in pipe.ensemble.members(weights)}
     members = [
@@ -138,14 +146,15 @@ def render(
         for lora in recipe.loras
     ]
 
-    def stepped(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def stepped(_: Any, index: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
         on_step()
+        on_latents(index, values.get("latents"))
         return values
 
     output = pipe(
         recipe.prompt,
         negative_prompt=recipe.negative_prompt or None,
-        composition=recipe.method,
+        composition=recipe.method if strategy is None else strategy,
         lora_weights=weights,
         members=members,
         cache=recipe.cache,
