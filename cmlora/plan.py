@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Role = Literal["high", "low"]
+Scope = Literal["global", "local"]
+
+Strength = float | tuple[tuple[str, float], ...]
+"""How strongly a LoRA acts: one number, or one per part of the denoiser.
+
+A tuple holds pairs of a regular expression and a strength. The first pair whose expression is
+found in a layer's name (``down_blocks.0.attentions.1.proj_in``) decides; where none is found the
+LoRA does not act.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,13 @@ class Member:
             contributes; ``None`` if it was never profiled.
         category: what the LoRA draws ("character", "style", ...), if the user says so.
         triggers: its trigger words.
+        scope: whether it changes the whole picture or a place in it, if the user says so.
+        relevance: how much the prompt speaks of it, 0 or more, relative to the others; see
+            `cmlora.relevance`.
+        importance: measured size of its contribution in the course of a run, pairs of a step
+            fraction and a size, ascending by fraction.
+        mass: of its update, by module of the denoiser: the sum of the largest entries and the
+            sum of all entries, absolute; see `cmlora.strategies.klora`.
     """
 
     name: str
@@ -39,6 +55,10 @@ class Member:
     window: tuple[float, float] | None = None
     category: str | None = None
     triggers: tuple[str, ...] = ()
+    scope: Scope | None = None
+    relevance: float | None = None
+    importance: tuple[tuple[float, float], ...] | None = None
+    mass: Mapping[str, tuple[float, float]] | None = field(default=None, hash=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,11 @@ class Step:
         sample: the noisy latent going into the denoiser, (B, C, H, W), or ``None`` when a
             schedule is inspected without a model.
         observed: what the plans of earlier steps asked to have measured, oldest first.
+        sigma: the noise level as the scheduler counts it; ``None`` if it is not known.
+        guidance: the scale of classifier-free guidance if the first half of the batch is the
+            unconditional branch and the second the conditional one; ``None`` otherwise.
+        changes: relative change of the denoiser's input since the step before, one number per
+            step up to this one, the first 0; empty unless the cache policy asks for it.
     """
 
     index: int
@@ -59,6 +84,9 @@ class Step:
     timestep: float = 0.0
     sample: Tensor | None = field(default=None, compare=False, repr=False)
     observed: tuple[Mapping[str, float], ...] = ()
+    sigma: float | None = None
+    guidance: float | None = None
+    changes: tuple[float, ...] = ()
 
     @property
     def fraction(self) -> float:
@@ -74,10 +102,16 @@ class Pass:
         weights: strength of every LoRA that is active; empty is the base model alone.
         may_reuse: run only the shallow branch if this pass's cache slot holds a feature;
             otherwise (or if the slot is empty) run in full and record.
+        branch: which branch of guidance is run. The output of the other one is taken from the
+            first pass of the plan that has it; without guidance every pass is run.
+        recall: do not run, but take the output of the plan's first pass and add what this pass
+            differed by from it at the step before. Without a kept output it is run.
     """
 
-    weights: Mapping[str, float]
+    weights: Mapping[str, Strength]
     may_reuse: bool = False
+    branch: Literal["both", "cond", "uncond"] = "both"
+    recall: bool = False
 
     @property
     def key(self) -> str:
@@ -87,6 +121,9 @@ class Pass:
 
 Combine = Callable[["Tensor"], "Tensor"]
 """Stacked raw outputs (P, B, C, H, W), in the order of the passes, to one output (B, C, H, W)."""
+
+Compare = Callable[["Tensor", "Tensor | None"], "Tensor"]
+"""The same with the stacked outputs of the step before, or ``None`` if there are none."""
 
 Observe = Callable[["Tensor", "Tensor"], Mapping[str, float]]
 """(sample (B, C, H, W), stacked outputs (P, B, C, H, W)) to named numbers for later steps."""
@@ -101,19 +138,29 @@ class Plan:
         combine: either one share per pass (they sum to 1, so the combination commutes with
             guidance and with every prediction type), or a function of the stacked outputs.
         observe: measured after the passes and handed to later steps as ``Step.observed``.
+        keep: the outputs stay for the next step, for passes with ``recall`` and for ``compare``.
+        compare: instead of ``combine``, a function of the stacked outputs and those of the step
+            before in the same order; ``None`` for the latter if a pass was not among them.
 
     Raises:
-        ValueError: if there is no pass, or shares do not match the passes or do not sum to 1.
+        ValueError: if there is no pass, or shares do not match the passes or do not sum to 1, or
+            outputs are compared or recalled that are not kept.
     """
 
     passes: tuple[Pass, ...]
     combine: tuple[float, ...] | Combine = (1.0,)
     observe: Observe | None = None
+    keep: bool = False
+    compare: Compare | None = None
 
     def __post_init__(self) -> None:
         if not self.passes:
             raise ValueError("a plan needs at least one pass")
-        if isinstance(self.combine, tuple):
+        if not self.keep and (self.compare or any(each.recall for each in self.passes)):
+            raise ValueError("outputs that are recalled or compared must be kept")
+        if self.passes[0].recall:
+            raise ValueError("the first pass is what others are recalled relative to")
+        if self.compare is None and isinstance(self.combine, tuple):
             if len(self.combine) != len(self.passes):
                 raise ValueError(f"{len(self.combine)} shares for {len(self.passes)} passes")
             if abs(sum(self.combine) - 1.0) > 1e-6:
@@ -132,7 +179,11 @@ class Policy(Protocol):
         """False if nothing is ever reused (every pass of every step is full)."""
 
     def refreshes(self, count: int) -> tuple[int, ...]:
-        """The indices of the refresh steps among 0 .. count - 1, ascending, starting with 0."""
+        """The indices of the refresh steps among 0 .. count - 1, ascending, starting with 0.
+
+        A policy that decides while it runs gives those that are certain beforehand, and has
+        ``given(changes, count)`` beside this; see `cmlora.caching.policy.Threshold`.
+        """
 
 
 class Strategy(Protocol):
