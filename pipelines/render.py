@@ -1,5 +1,6 @@
 """From a recipe to its picture: write down everything a picture depends on, and carry it out."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,4 +303,10 @@ def native_size(pipe: Any) -> tuple[int, int]:
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's configuration without diffusers' private entries."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    # infinity, the default of DPM-Solver's lambda_min_clipped, has no JSON form and comes back
+    # as the default when it is left out
+    return {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and not (isinstance(value, float) and math.isinf(value))
+    }
