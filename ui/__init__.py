@@ -1,1 +1,1 @@
-"""The graphical interface."""
+"""The browser interface: compose, compare, understand, judge. Started by `cmlora ui`."""

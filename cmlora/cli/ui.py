@@ -1,0 +1,3 @@
+"""`cmlora ui`: the browser interface."""
+
+from cmlora.ui.command import ui as ui

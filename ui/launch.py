@@ -1,0 +1,138 @@
+"""From settings to a running server, and what has to be cleaned up behind it."""
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmlora.errors import CmloraError
+from cmlora.ui.look import ASSETS, head, theme
+from cmlora.ui.settings import Settings
+from cmlora.ui.studio import Studio
+
+_TEMPORARY = ".temporary"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Args:
+        url: where the page is.
+        share_url: the public link; empty if there is none.
+        studio: its models and LoRAs.
+        page: the gradio blocks.
+    """
+
+    url: str
+    share_url: str
+    studio: Studio
+    page: Any
+
+
+@contextmanager
+def serving(settings: Settings, *, preload: bool = True) -> Iterator[Server]:
+    """A server for the time of the block; its temporary files are gone afterwards.
+
+    Args:
+        settings: see `cmlora.ui.settings.Settings`.
+        preload: load the first model while nobody has asked for it yet.
+
+    Raises:
+        CmloraError: if gradio is missing, a folder is not there, or the port is taken.
+    """
+    _check_folders(settings)
+    temporary = settings.out.absolute() / _TEMPORARY
+    shutil.rmtree(temporary, ignore_errors=True)  # of a server that was killed
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as failure:
+        raise CmloraError(f"cannot write to {settings.out}: {failure.strerror}") from None
+    before = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "TMPDIR")}
+    os.environ["GRADIO_TEMP_DIR"] = str(temporary)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        page, studio = _page(settings)
+        _, url, share_url = _launch(page, settings)
+        if preload:
+            threading.Thread(target=_preload, args=(studio,), daemon=True).start()
+        try:
+            yield Server(url, share_url or "", studio, page)
+        finally:
+            studio.tickets.stop_all()
+            page.close(verbose=False)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_folders(settings: Settings) -> None:
+    for kind, folders in (("--model", settings.models), ("--loras", settings.loras)):
+        for folder in folders:
+            if not folder.expanduser().exists():
+                raise CmloraError(f"{kind} {folder}: there is no such file or folder")
+    if settings.out.exists() and not settings.out.is_dir():
+        raise CmloraError(f"--out {settings.out} is a file; name a folder")
+
+
+def _page(settings: Settings) -> tuple[Any, Studio]:
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise CmloraError("the page needs gradio: pip install 'cmlora[ui]'") from None
+    from cmlora.ui.app import build
+
+    studio = Studio(settings)
+    return build(studio), studio
+
+
+def _launch(page: Any, settings: Settings) -> tuple[Any, str, str | None]:
+    page.queue(default_concurrency_limit=1, max_size=settings.limits.waiting)
+    try:
+        launched: tuple[Any, str, str | None] = page.launch(
+            server_name=settings.host,
+            server_port=settings.port,
+            share=settings.share,
+            auth=settings.auth,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            max_file_size=settings.limits.upload,
+            allowed_paths=[str(settings.out.absolute())],
+            blocked_paths=[],
+            strict_cors=True,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            run_history=False,
+            footer_links=["api"],
+            theme=theme(),
+            css_paths=[ASSETS / "page.css"],
+            head=head(),
+        )
+    except OSError as failure:
+        raise CmloraError(f"cannot listen on {settings.host}: {failure}") from None
+    return launched
+
+
+def _preload(studio: Studio) -> None:
+    """Have the first model ready; whoever asks for a picture hears of problems."""
+    name = studio.default_model()
+    try:
+        if name:
+            studio.preload(name)
+    except Exception:  # said again, with its reason, by the first request
+        return
+
+
+def absolute(paths: list[Path]) -> tuple[Path, ...]:
+    """The paths independent of the working folder."""
+    return tuple(path.expanduser().absolute() for path in paths)
