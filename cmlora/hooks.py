@@ -39,13 +39,18 @@ class Attachment:
     def remove(self) -> None:
         """Take the hook off; later hooks on the same module stay."""
         hooks = registry(self.module)
-        with _beneath_offloading(self.module):
-            _unlink(hooks, self.name)
+        unlink(self.module, self.name)
         if not (self._had_registry or hooks.hooks):
             del self.module._diffusers_hook
         own = type(self.module).forward.__get__(self.module)
         if not self._had_forward and vars(self.module).get("forward") == own:
             del self.module.forward
+
+
+def unlink(module: nn.Module, name: str) -> None:
+    """Take one hook off a module; the hooks above and beneath it stay."""
+    with _beneath_offloading(module):
+        _unlink(registry(module), name)
 
 
 def registry(module: nn.Module) -> Any:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from cmlora.latents import MAPS, Layout
 from cmlora.plan import Plan
 
 
-def combine(outputs: Sequence[Any], plan: Plan) -> Any:
+def combine(outputs: Sequence[Any], plan: Plan, maps: Layout = MAPS) -> Any:
     """One denoiser output from the outputs of a plan's passes.
 
     Sums run in fp32 (or wider) over the passes sorted by key, whatever the order of the passes,
@@ -22,6 +23,7 @@ def combine(outputs: Sequence[Any], plan: Plan) -> Any:
         outputs: one output per pass: a tensor (B, C, H, W), a tuple that begins with it, a
             diffusers output with a ``sample``, or a list of one tensor per picture.
         plan: says how to combine them.
+        maps: makes maps (B, C, H, W) of the tensors for a plan that combines by a function.
 
     Raises:
         ValueError: if a combining function returns another shape.
@@ -38,13 +40,15 @@ def combine(outputs: Sequence[Any], plan: Plan) -> Any:
         else:
             result = weighted_sum(terms)
         return replace_leaf(outputs[0], result)
-    if isinstance(leaves[0], list):
+    if isinstance(leaves[0], list) and len({each.shape for each in leaves[0]}) > 1:
         parts = [stack([value[i].unsqueeze(0) for value in leaves]) for i in range(len(leaves[0]))]
         result = [_checked(plan.combine(part), part, leaves[0][0])[0] for part in parts]
-    else:
-        stacked = stack(leaves)
-        result = _checked(plan.combine(stacked), stacked, leaves[0])
-    return replace_leaf(outputs[0], result)
+        return replace_leaf(outputs[0], result)
+    stacked = stack([leaf_tensor(output) for output in outputs])
+    unpacked = maps.unpack(stacked)
+    like = leaf_tensor(outputs[0])
+    mixed = maps.pack(_checked(plan.combine(unpacked), unpacked, like), like)
+    return replace_leaf(outputs[0], list(mixed) if isinstance(leaves[0], list) else mixed)
 
 
 def weighted_sum(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
@@ -74,6 +78,12 @@ def leaf(output: Any) -> Any:
     if isinstance(output, tuple):
         return leaf(output[0])
     return leaf(output.sample)
+
+
+def leaf_tensor(output: Any) -> torch.Tensor:
+    """The tensor inside a denoiser's output, (B, ...); pictures in a list must have one size."""
+    found = leaf(output)
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def replace_leaf(output: Any, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from cmlora.errors import CmloraError
+from cmlora.plan import Strength
 
 _MISSING: Any = object()
 _REMEMBERED = 256
@@ -61,7 +63,9 @@ class AdapterSwitch:
     """
 
     def __init__(self, module: nn.Module, *, direct: bool | None = None) -> None:
-        self._layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+        named = [(n, m) for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)]
+        self._layers = [layer for _, layer in named]
+        self._places = [name for name, _ in named]
         self._held = [
             frozenset(name for held in _containers(layer) for name in held)
             for layer in self._layers
@@ -75,12 +79,20 @@ class AdapterSwitch:
             )
         known = all(map(_has_known_attributes, self._layers))
         self._direct = known if direct is None else direct
-        self._activations: dict[tuple[tuple[str, float], ...], list[_Activation]] = {}
+        self._activations: dict[tuple[tuple[str, Strength], ...], list[_Activation]] = {}
 
-    def activate(self, weights: Mapping[str, float]) -> None:
+    @property
+    def layers(self) -> tuple[BaseTunerLayer, ...]:
+        """The adapter layers."""
+        return tuple(self._layers)
+
+    def activate(self, weights: Mapping[str, Strength]) -> None:
         """Make exactly these LoRAs act, with these strengths; an empty mapping is the base model.
 
         A LoRA of strength 0 is inactive. A LoRA without layers in this module is ignored.
+
+        Raises:
+            CmloraError: for a strength per block with a pattern that no layer of the LoRA has.
         """
         key = tuple(weights.items())
         activation = self._activations.get(key)
@@ -146,16 +158,44 @@ class AdapterSwitch:
             for held in _containers(layer):
                 yield from held.parameters()
 
-    def _prepare(self, weights: Mapping[str, float]) -> list[_Activation]:
+    def _prepare(self, weights: Mapping[str, Strength]) -> list[_Activation]:
         """Work out what activating these weights writes."""
-        active = sorted(name for name, weight in weights.items() if weight != 0.0)
+        local = {name: self._resolve(name, weight) for name, weight in weights.items()}
         activation = []
-        for layer, held in zip(self._layers, self._held, strict=True):
-            names = [name for name in active if name in held]
-            scales = {name: _scale(layer, name, weights[name]) for name in names}
+        for index, (layer, held) in enumerate(zip(self._layers, self._held, strict=True)):
+            here = {name: local[name][index] for name in sorted(local) if name in held}
+            names = [name for name, weight in here.items() if weight != 0.0]
+            scales = {name: _scale(layer, name, here[name]) for name in names}
             scales = {name: scale for name, scale in scales.items() if scale is not None}
             activation.append(_Activation(layer, vars(layer), names, _scaling(layer), scales))
         return activation
+
+    def _resolve(self, name: str, strength: Strength) -> list[float]:
+        """A LoRA's strength in every layer."""
+        if not isinstance(strength, tuple):
+            return [strength] * len(self._layers)
+        try:
+            patterns = [(re.compile(pattern), value) for pattern, value in strength]
+        except re.error as error:
+            raise CmloraError(
+                f"{name}: {error.pattern!r} is no regular expression: {error}"
+            ) from None
+        mine = [place for place, held in zip(self._places, self._held, strict=True) if name in held]
+        for pattern, _ in patterns:
+            if mine and not any(map(pattern.search, mine)):
+                blocks = sorted({".".join(place.split(".")[:2]) for place in mine}, key=_natural)
+                raise CmloraError(
+                    f"{name}: no layer matches {pattern.pattern!r}; it acts in {', '.join(blocks)}"
+                )
+        return [
+            next((value for pattern, value in patterns if pattern.search(place)), 0.0)
+            for place in self._places
+        ]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts block 10 after block 9."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
 
 
 def _has_known_attributes(layer: Any) -> bool:

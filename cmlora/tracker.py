@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import numbers
 from collections import Counter
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Tick:
         branch: tells apart several calls at one index (guidance in separate calls).
         fresh: this is the first call of a run.
         repeated: this index had a call before.
+        sigma: the noise level as the scheduler counts it, if it has noise levels.
     """
 
     index: int
@@ -33,6 +35,7 @@ class Tick:
     branch: str = ""
     fresh: bool = False
     repeated: bool = False
+    sigma: float | None = None
 
 
 class StepTracker:
@@ -52,7 +55,7 @@ class StepTracker:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._pipe = pipe
+        self.pipe = pipe
         self._calls: Counter[str] = Counter()
         self._table: torch.Tensor | None = None
         self._values: list[float] = []
@@ -76,7 +79,7 @@ class StepTracker:
             context: diffusers' ``CacheContext`` of the call, if the pipeline set one.
         """
         name = "" if context is None else str(context.name)
-        table = _timesteps(self._pipe)
+        table = _timesteps(self.pipe)
         if table is not self._table:
             self.reset()
             self._table = table
@@ -105,7 +108,8 @@ class StepTracker:
             self._count = max(len(self._values) - self._start, index + 1)
         value = self._values[position] if position < len(self._values) else _value(timestep)
         branch = f"{name}#{ordinal}" if ordinal else name
-        return Tick(index, self._count, value, branch, fresh, repeated)
+        sigma = _sigma(self.pipe.scheduler, position, value)
+        return Tick(index, self._count, value, branch, fresh, repeated, sigma)
 
     def _locate(self, timestep: Any, name: str) -> int | None:
         """The position of a timestep in the scheduler's table."""
@@ -118,7 +122,7 @@ class StepTracker:
         position = self._ask_scheduler()
         if position is None:
             position = self._find(_value(timestep), name)
-        if position is None and hasattr(self._pipe.scheduler, "step_index"):
+        if position is None and hasattr(self.pipe.scheduler, "step_index"):
             position = 0  # it counts, and has not begun
         return position
 
@@ -135,7 +139,7 @@ class StepTracker:
 
     def _ask_scheduler(self) -> int | None:
         """The scheduler's own count of its steps, if it keeps one and knows it already."""
-        scheduler = self._pipe.scheduler
+        scheduler = self.pipe.scheduler
         position = getattr(scheduler, "step_index", None)
         if position is None:  # before the first step
             position = getattr(scheduler, "begin_index", None)
@@ -146,7 +150,7 @@ class StepTracker:
         """How many steps the run that begins now has."""
         stated = getattr(context, "num_inference_steps", None)
         if stated is None:
-            stated = getattr(self._pipe, "num_timesteps", None)
+            stated = getattr(self.pipe, "num_timesteps", None)
         remaining = len(self._values) - self._start
         if isinstance(stated, int) and 0 < stated <= max(remaining, 1):
             return stated
@@ -166,6 +170,18 @@ def _offset(timestep: torch.Tensor, table: torch.Tensor) -> int | None:
     stride = table.element_size() * max(table.stride(0), 1)
     position, rest = divmod(timestep.data_ptr() - table.data_ptr(), stride)
     return position if rest == 0 and 0 <= position < len(table) else None
+
+
+def _sigma(scheduler: Any, position: int, timestep: float) -> float | None:
+    """The noise level at a position of the table: 0 to 1 for flow models, else sigma / alpha."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor) and position < len(sigmas):
+        return float(sigmas[position])
+    products = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(products, torch.Tensor) and 0 <= timestep < len(products):
+        product = max(float(products[int(timestep)]), 1e-8)
+        return math.sqrt((1 - product) / product)
+    return None
 
 
 def _value(timestep: Any) -> float:

@@ -120,20 +120,25 @@ class UNetCache:
         self._attached.close()
         self.store.clear()
 
+    def holds(self, key: Hashable) -> bool:
+        """Whether a pass with this slot can be light."""
+        return key in self.store
+
     @contextmanager
-    def run(self, key: Hashable, *, reuse: bool, record: bool = True) -> Iterator[bool]:
+    def run(self, *keys: Hashable, reuse: bool, record: bool = True, at: int = 0) -> Iterator[bool]:
         """A context for one forward of the UNet.
 
         Args:
-            key: the slot.
-            reuse: make a light pass if the slot holds a feature.
-            record: keep the feature of a full pass in the slot.
+            keys: the slot; or the slots of the passes that run as one batch, in its order.
+            reuse: make a light pass if all the slots hold a feature.
+            record: keep the features of a full pass in the slots.
+            at: the step, for a store that extrapolates.
 
         Yields:
             whether the pass is light.
         """
-        light = reuse and key in self.store
-        self._pass = _Pass(key, light, record) if light or record else None
+        light = reuse and all(self.holds(key) for key in keys)
+        self._pass = _Pass(keys, light, record, at) if light or record else None
         try:
             yield light
         finally:
@@ -157,9 +162,10 @@ class UNetCache:
 class _Pass:
     """The pass under way."""
 
-    key: Hashable
+    keys: tuple[Hashable, ...]
     light: bool
     record: bool
+    at: int
 
 
 class _Boundary(ModelHook):  # type: ignore[misc]
@@ -173,12 +179,13 @@ class _Boundary(ModelHook):  # type: ignore[misc]
         """Replay the feature, or compute and record it."""
         current = self._cache.current
         if current is not None and current.light:
-            feature = self._cache.store[current.key].clone()  # FreeU writes into what it gets
+            # FreeU writes into what it gets
+            feature = self._cache.store.recall(current.keys, current.at)
             return (feature,) if _answers_in_a_tuple(module) else feature
         output = self.fn_ref.original_forward(*args, **kwargs)
         if current is not None and current.record:
             feature = output[0] if isinstance(output, tuple) else output
-            self._cache.store[current.key] = feature.clone()
+            self._cache.store.record(current.keys, feature, current.at)
         return output
 
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from cmlora import denoisers
 from cmlora.caching.policy import none
 from cmlora.errors import CmloraError
 from cmlora.frequency.card import Profile, StaleCard, card_path, read_card, write_card
@@ -35,9 +36,6 @@ __all__ = [
 
 SPLIT = 0.2
 """h: the relative radius at which high frequencies begin."""
-
-_DENOISERS = ("unet", "transformer")
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def measure(
@@ -166,21 +164,22 @@ class _Probe:
 
 
 def _attached(pipe: Any, name: str, probe: _Probe) -> ExitStack:
-    """The probe on the pipeline's denoiser, until the stack is closed."""
+    """The probe on the pipeline's denoisers, until the stack is closed."""
     from torch import nn
 
     from cmlora.engine import HOOK, CompositionHook
     from cmlora.hooks import Attachment, forget_children, hook_of
+    from cmlora.run import Run
     from cmlora.switching import AdapterSwitch
     from cmlora.tracker import StepTracker
 
-    denoiser = _denoiser(pipe)
-    if hook_of(denoiser, HOOK) is not None:
+    models = denoisers.find(pipe)
+    if any(hook_of(model, HOOK) is not None for model in models.values()):
         raise CmloraError(f"profile of {name}: leave the composition in this pipeline first")
-    encoders = [getattr(pipe, attribute, None) for attribute in _TEXT_ENCODERS]
-    switch = AdapterSwitch(denoiser)
+    encoders = [getattr(pipe, attribute, None) for attribute in denoisers.TEXT_ENCODERS]
+    switches = [AdapterSwitch(model) for model in models.values()]
     text = [AdapterSwitch(encoder) for encoder in encoders if isinstance(encoder, nn.Module)]
-    loaded = sorted({each for s in (switch, *text) for each in s.names})
+    loaded = sorted({each for s in (*switches, *text) for each in s.names})
     if name not in loaded:
         listed = ", ".join(loaded) or "none"
         raise CmloraError(f"profile: no LoRA {name!r} in the pipeline; loaded: {listed}")
@@ -189,29 +188,21 @@ def _attached(pipe: Any, name: str, probe: _Probe) -> ExitStack:
         for each in text:
             each.activate({name: 1.0})
 
-    hook = CompositionHook(
-        probe,
-        [Member(name)],
-        none(),
-        switch=switch,
-        tracker=StepTracker(pipe),
-        method="profile",
-        prepare=speak,
-    )
+    tracker = StepTracker(pipe)
+    run = Run(probe, [Member(name)], none(), tracker=tracker, method="profile", prepare=speak)
     with ExitStack() as stack:
-        for each in (switch, *text):
+        for each in (*switches, *text):
             stack.callback(each.restore, each.snapshot())
             each.freeze()
-        stack.callback(forget_children, denoiser)
-        stack.callback(Attachment(denoiser, hook, HOOK).remove)
-        forget_children(denoiser)
+        for model, switch in zip(models.values(), switches, strict=True):
+            stack.callback(forget_children, model)
+            hook = CompositionHook(run, switch=switch)
+            stack.callback(Attachment(model, hook, HOOK).remove)
+            forget_children(model)
         speak()
         return stack.pop_all()
 
 
 def _denoiser(pipe: Any) -> nn.Module:
-    for name in _DENOISERS:
-        model: nn.Module | None = getattr(pipe, name, None)
-        if model is not None:
-            return model
-    raise CmloraError(f"{type(pipe).__name__} has no {' or '.join(_DENOISERS)} to measure")
+    """The denoiser that stands for a base model: the first of the pipeline's."""
+    return next(iter(denoisers.find(pipe).values()))
