@@ -97,7 +97,7 @@ def content(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
         raise CmloraError(f"{path} is damaged: {error}; copy or download it again") from None
     for key, tensor in sorted(tensors.items()):
         if not tensor.is_floating_point():
-            if key.endswith(".alpha"):
+            if key.endswith((".alpha", ".on_input")):
                 continue
             raise CmloraError(f"{path}: {key} holds {tensor.dtype}, not floating point numbers")
         if not bool(torch.isfinite(tensor.float()).all()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from cmlora.lora import LoRA
@@ -20,18 +22,48 @@ _NAMES = (
 )
 
 
-def of_lora(lora: LoRA) -> str:
-    """The family a LoRA was trained for: by its shapes, otherwise by its names and metadata."""
-    for module, update in lora.updates.items():
-        if module.startswith("unet.") and module.endswith(("attn2.to_k", "attn2.to_v")):
-            return _by_width(update.shape[1])
+_TABLES = {
+    "flux": "FLUX",
+    "flux2": "FLUX.2",
+    "sd3": "Stable Diffusion 3",
+    "wan": "Wan",
+    "z_image": "Z-Image",
+}
+
+_MODULES = (
+    (r"single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj", "FLUX.2"),
+    (r"single_transformer_blocks\.", "FLUX"),
+    (r"^blocks\.\d+\.(attn[12]|ffn)\.", "Wan"),
+    (r"^(layers|noise_refiner|context_refiner)\.\d+\.attention\.to_", "Z-Image"),
+    (r"transformer_blocks\.\d+\.(img|txt)_(mlp|mod)\.", "Qwen-Image"),
+    (r"transformer_blocks\.\d+\.attn2\.to_q", "Stable Diffusion 3 or a cross-attention model"),
+)
+
+
+def of_lora(lora: LoRA, table: str | None = None, widths: Mapping[str, int] | None = None) -> str:
+    """The family a LoRA was trained for: by its shapes, otherwise by its names and metadata.
+
+    Args:
+        lora: its updates.
+        table: whose original names its file has, see `cmlora.originals.family`.
+        widths: inputs of further layers that the file changes, by module.
+    """
+    known = {module: update.shape[1] for module, update in lora.updates.items()}
+    known = {**(widths or {}), **known}
+    for module, width in known.items():
+        if module.startswith("unet.") and module.endswith(("attn2.to_k", "attn2.to_v")) and width:
+            return _by_width(width)
+    if table is not None:
+        return _TABLES[table]
     said = " ".join(
         lora.metadata.get(key, "")
         for key in ("modelspec.architecture", "ss_base_model_version", "cmlora.base")
     ).lower()
-    parts = lora.parts
-    if any(name.startswith("single_transformer_blocks") for name in parts.get("transformer", {})):
-        return "FLUX"
+    parts = {module.partition(".")[0] for module in known}
+    names = [m.partition(".")[2] for m in known if m.startswith("transformer")]
+    for pattern, family in _MODULES:
+        if any(re.search(pattern, name) for name in names):
+            return family
     for mark, name in _NAMES:
         if mark in said:
             return name

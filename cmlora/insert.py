@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmlora import family, peft_config
+from cmlora import family, peft_config, rest
 from cmlora.errors import CmloraError
 from cmlora.lora import TEXT_ENCODERS, LoRA, Update
+from cmlora.rest import Remainder, Shift
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ class Applied:
 
 
 def insert(
-    pipe: Any, lora: LoRA, name: str, *, strict: bool = True, source: str | None = None
+    pipe: Any,
+    lora: LoRA,
+    name: str,
+    *,
+    strict: bool = True,
+    source: str | None = None,
+    remainder: Remainder | None = None,
 ) -> Applied:
     """Adds a LoRA to the denoiser and the text encoders of a diffusers pipeline.
 
@@ -54,30 +62,46 @@ def insert(
         name: of the new adapter.
         strict: modules that the pipeline does not have are an error; otherwise a warning.
         source: how messages call the LoRA; its name by default.
+        remainder: what the file changes beside the LoRA's low-rank updates.
 
     Raises:
         CmloraError: if the name is taken or impossible, if a module is missing or has another
             shape, or if the model does not end up with exactly these updates.
     """
     source = source or lora.name
+    made_for = remainder.family if remainder is not None else family.of_lora(lora)
     _check_name(pipe, name)
-    fitted, missing = _fit(pipe, lora, source)
-    if missing and (strict or not fitted):
+    fitted, missing = _fit(pipe, lora, source, made_for)
+    shifts: dict[str, dict[str, Shift]] = {}
+    if remainder:
+        shifts, absent = rest.resolve(pipe, remainder, source)
+        missing += absent
+    if missing and (strict or not (fitted or shifts)):
         raise CmloraError(
-            f"{source} is for {family.of_lora(lora)} and the pipeline is {family.of_pipe(pipe)}: "
+            f"{source} is for {made_for} and the pipeline is {family.of_pipe(pipe)}: "
             f"{listing(missing)} {'is' if len(missing) == 1 else 'are'} not in the pipeline"
-            + (", strict=False leaves them out" if fitted else "")
+            + (", strict=False leaves them out" if fitted or shifts else "")
         )
-    if not fitted:
+    if not fitted and not shifts:
         raise CmloraError(f"{source} contains nothing to apply")
     if missing:
         warnings.warn(f"{source}: {listing(missing)} left out, not in the pipeline", stacklevel=3)
-    with _resident(pipe), _all_or_nothing(getattr(pipe, component) for component in fitted):
-        for component, updates in fitted.items():
-            model = _plain(getattr(pipe, component))
-            _add(model, updates, name)
-            _verify(model, updates, name, source)
-    counts = {component: len(updates) for component, updates in fitted.items()}
+    parts = dict.fromkeys([*fitted, *shifts])
+    from cmlora.shift import ShiftLayer
+
+    with _resident(pipe), _all_or_nothing(getattr(pipe, component) for component in parts):
+        for component in parts:
+            model = rest.plain(getattr(pipe, component))
+            updates = fitted.get(component, {})
+            if updates:
+                _add(model, updates, name)
+                _verify(model, updates, name, source)
+            if component in shifts:
+                rest.add(model, shifts[component], name, source)
+            if any(isinstance(m, ShiftLayer) for m in model.modules()):
+                # PEFT makes only its own kind of layers switch to what is loaded.
+                rest.activate(model, name)
+    counts = {c: len({*fitted.get(c, {}), *shifts.get(c, {})}) for c in parts}
     text = sum(count for component, count in counts.items() if component in TEXT_ENCODERS)
     total = sum(counts.values())
     return Applied(
@@ -107,24 +131,23 @@ def _check_name(pipe: Any, name: str) -> None:
 
 
 def _fit(
-    pipe: Any, lora: LoRA, source: str
+    pipe: Any, lora: LoRA, source: str, made_for: str
 ) -> tuple[dict[str, dict[str, tuple[nn.Module, Update]]], list[str]]:
     """For every component the model's own module names with layer and update; what is missing."""
     fitted: dict[str, dict[str, tuple[nn.Module, Update]]] = {}
     missing: list[str] = []
     wrong: list[str] = []
     for component, updates in lora.parts.items():
-        model = _plain(getattr(pipe, component, None))
+        model = rest.plain(getattr(pipe, component, None))
         for name, update in updates.items():
-            layer, own = _find(model, component, name)
+            layer, own = rest.find(model, component, name)
             if layer is None:
                 missing.append(f"{component}.{name}")
                 continue
-            shape = _shape(layer)
+            shape = rest.shape_of(layer)
             update = update.folded()
-            if shape is not None and _flat(shape) and _flat(update.shape):
-                down = update.down.reshape(update.rank, update.shape[1], *shape[2:])
-                update = replace(update, down=down)
+            if shape is not None and _columns(shape) == _columns(update.shape):
+                update = replace(update, down=update.down.reshape(update.rank, *shape[1:]))
             if update.shape != shape:
                 found = "no linear or convolution layer" if shape is None else str(shape)
                 wrong.append(
@@ -136,40 +159,15 @@ def _fit(
         # The width of the text is what tells families apart.
         wrong.sort(key=lambda line: "attn2.to_k" not in line)
         raise CmloraError(
-            f"{source} is for {family.of_lora(lora)} and the pipeline is {family.of_pipe(pipe)}: "
+            f"{source} is for {made_for} and the pipeline is {family.of_pipe(pipe)}: "
             + listing(wrong, 1)
         )
     return fitted, missing
 
 
-def _find(model: Any, component: str, name: str) -> tuple[nn.Module | None, str]:
-    if component in TEXT_ENCODERS and not hasattr(model, "text_model"):
-        name = name.removeprefix("text_model.")
-    if model is None:
-        return None, name
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        return None, name
-    return (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer), name
-
-
-def _shape(layer: nn.Module) -> tuple[int, ...] | None:
-    # Not from the weight: a quantized layer stores it in another shape.
-    if isinstance(layer, nn.Linear):
-        return (layer.out_features, layer.in_features)
-    if isinstance(layer, nn.Conv2d):
-        return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    return None
-
-
-def _flat(shape: tuple[int, ...]) -> bool:
-    return shape[2:] in ((), (1, 1))
-
-
-def _plain(model: Any) -> Any:
-    """The model itself if it was wrapped by `torch.compile`."""
-    return getattr(model, "_orig_mod", model)
+def _columns(shape: tuple[int, ...]) -> int:
+    """Entries per output; some trainers flatten the kernels of convolutions."""
+    return math.prod(shape[1:])
 
 
 def _tensors(layer: nn.Module, update: Update) -> tuple[Tensor, Tensor]:

@@ -214,6 +214,19 @@ def stack(loras: Sequence[tuple[LoRA, float]], name: str) -> LoRA:
     return LoRA(name, updates, triggers=tuple(triggers))
 
 
+def dense(delta: Tensor) -> Update:
+    """A whole matrix as an update: one factor is the identity, on the side where it is smaller.
+
+    Args:
+        delta: (O, I) or (O, I, kh, kw).
+    """
+    matrix = delta.flatten(1)
+    outputs, inputs = matrix.shape
+    if delta.ndim == 2 and inputs < outputs:
+        return Update(torch.eye(inputs, dtype=delta.dtype), matrix)
+    return Update(delta, torch.eye(outputs, dtype=delta.dtype))
+
+
 def _concatenate(module: str, updates: Sequence[Update]) -> Update:
     if len(updates) == 1:
         return updates[0]

@@ -57,10 +57,12 @@ def scales(text: str | None, where: str) -> Mapping[str, Mapping[str, Any]]:
         table = json.loads(text or "{}")
         configs: dict[str, dict[str, Any]] = {}
         for key, value in table.items():
-            component, _, option = key.partition(".")
+            component, _, option = key.rpartition(".")
             configs.setdefault(component, {})[option] = value
         for settings in configs.values():
-            float(settings.get("lora_alpha", 8))
+            float(settings.get("lora_alpha", settings.get("alpha", 8)))
+            for option in ("r", "num_cayley_neumann_terms", "eps"):
+                float(settings.get(option) or 0)
             for name, value in (settings.get("alpha_pattern") or {}).items():
                 float(value)
                 # The pattern comes from a stranger's file and could be one that runs for hours.
@@ -75,7 +77,7 @@ def scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """The scale of one module under a configuration; 1 if there is no configuration."""
     if not settings:
         return 1.0
-    value = float(settings.get("lora_alpha", 8))  # PEFT's own default
+    value = float(settings.get("lora_alpha", settings.get("alpha", 8)))  # PEFT's own default
     for pattern, found in (settings.get("alpha_pattern") or {}).items():
         name = pattern.removeprefix("^").replace("\\", "")
         names = {module, module.removeprefix("text_model.")}

@@ -316,12 +316,15 @@ def test_leftover_keys_are_counted_and_named(tmp_path: Path, sample: LoRA) -> No
         assert same_updates(files.read(path, strict=False), sample)
 
 
-def test_unsupported_forms_are_named(tmp_path: Path) -> None:
-    tensors = {f"lora_unet_conv_in.hada_w{i}_{s}": torch.ones(2, 2) for i in (1, 2) for s in "ab"}
+def test_forms_that_need_the_model_are_named(tmp_path: Path) -> None:
+    stem = "lora_unet_conv_in"
+    tensors = {f"{stem}.hada_w{i}_{s}": torch.ones(2, 2) for i in (1, 2) for s in "ab"}
     path = trainers.save(tensors, tmp_path / "loha.safetensors")
-    refused(path, "LoHa is not supported yet", "lora_unet_conv_in.hada_w1_a")
-    refused(path, "LoHa", strict=False)
+    torch.testing.assert_close(files.read(path).deltas()["unet.conv_in"], torch.full((2, 2), 4.0))
     assert files.describe(path)["forms"] == ["LoHa"]
+    path = trainers.save({**tensors, f"{stem}.dora_scale": torch.ones(2, 1)}, path)
+    refused(path, "LoHa and DoRA: it depends on the model", f"{stem}.hada_w1_a")
+    refused(path, "DoRA", strict=False)
 
 
 def test_a_file_without_any_lora_says_what_it_holds(tmp_path: Path) -> None:

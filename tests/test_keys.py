@@ -60,6 +60,16 @@ def test_ldm_numbers_follow_the_layers_per_block() -> None:
         ("text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight", "text_encoder.text_model.encoder"),
         ("text_encoder_3.encoder.block.0.q.lora_A.weight", "text_encoder_3.encoder.block.0.q"),
         ("transformer.blocks.0.to_q.lora_A.weight", "transformer.blocks.0.to_q"),
+        ("lora_unet_double_blocks_3_txt_attn_proj.lora_down.weight", "transformer.transformer_bl"),
+        (
+            "lycoris_transformer_blocks_0_attn_to_q.lora_down.weight",
+            "transformer.transformer_blocks",
+        ),
+        ("diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight", "transformer.transformer"),
+        (
+            "text_encoders.clip_l.transformer.text_model.x.lora_A.weight",
+            "text_encoder.text_model.x",
+        ),
         ("lora_te2_text_projection.lora_down.weight", "text_encoder_2.text_projection"),
     ],
 )
@@ -73,7 +83,7 @@ def test_variants_of_names(key: str, module: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "lora_unet_double_blocks_0_img_surprise.lora_down.weight",
         "lora_unet_mid_block_surprise.lora_down.weight",
         "lora_unet_mid_block.lora_sideways.weight",
         "something.lora_A.weight",
@@ -99,23 +109,28 @@ def test_a_module_given_twice_is_left_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "form"),
+    ("endings", "titles"),
     [
-        ("hada_w1_a", "LoHa"),
-        ("lokr_w1", "LoKr"),
-        ("dora_scale", "DoRA"),
-        ("lora_magnitude_vector.weight", "DoRA"),
-        ("diff_b", "full-rank difference"),
-        ("on_input", "(IA)^3"),
-        ("a1.weight", "GLoRA"),
-        ("w_norm", "norm difference"),
-        ("oft_blocks", "OFT"),
-        ("lora_up.bias", "LoRA with bias"),
+        (["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"], ("LoHa",)),
+        (["lokr_w1", "lokr_w2_a", "lokr_w2_b"], ("LoKr",)),
+        (["lora_down.weight", "lora_up.weight", "dora_scale"], ("LoRA", "DoRA")),
+        (["lora_down.weight", "lora_up.weight", "diff_b"], ("LoRA", "full difference")),
+        (["lora_A.weight", "lora_B.weight", "lora_B.bias"], ("LoRA", "LoRA with bias")),
+        (["weight", "on_input"], ("(IA)^3",)),
+        (["a1.weight", "a2.weight", "b1.weight", "b2.weight"], ("GLoRA",)),
+        (["w_norm", "b_norm"], ("norm",)),
+        (["oft_blocks", "rescale", "alpha"], ("OFT",)),
     ],
 )
-def test_a_module_with_an_unsupported_form_is_left_over_whole(ending: str, form: str) -> None:
-    plain = ["lora_unet_conv_in.lora_down.weight", "lora_unet_conv_in.lora_up.weight"]
-    found = keys.layout([*plain, f"lora_unet_conv_in.{ending}"])
+def test_every_form_is_told_by_its_keys(endings: list[str], titles: tuple[str, ...]) -> None:
+    found = keys.layout([f"lora_unet_conv_in.{ending}" for ending in endings])
+    assert set(found.modules) == {"unet.conv_in"}
+    assert not found.leftover
+    assert found.forms == titles
+
+
+@pytest.mark.parametrize("ending", ["hada_w1_a", "lokr_w1", "dora_scale", "on_input", "a1.weight"])
+def test_half_a_form_is_left_over_whole(ending: str) -> None:
+    found = keys.layout([f"lora_unet_conv_in.{ending}", "lora_unet_conv_in.alpha"])
     assert not found.modules
-    assert set(found.leftover.values()) == {form}
-    assert found.forms == (form,)
+    assert all(reason.startswith("its module has no") for reason in found.leftover.values())
