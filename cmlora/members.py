@@ -61,7 +61,12 @@ def described(
             raise CmloraError(f"{member.name}: role {role!r}; expected 'high' or 'low'")
         profile = profiles.get(member.name)
         if profile is not None:
-            member = replace(member, frequency=profile.frequency, window=profile.window)
+            member = replace(
+                member,
+                frequency=profile.frequency,
+                window=profile.window,
+                importance=profile.importance,
+            )
         result.append(replace(member, weight=float(weight), role=role))
     return tuple(result)
 

@@ -103,7 +103,7 @@ class Pass:
         may_reuse: run only the shallow branch if this pass's cache slot holds a feature;
             otherwise (or if the slot is empty) run in full and record.
         branch: which branch of guidance is run. The output of the other one is taken from the
-            first pass of the plan that has it; without guidance every pass is run.
+            first pass of the plan that has it. Without guidance there is only the conditional one.
         recall: do not run, but take the output of the plan's first pass and add what this pass
             differed by from it at the step before. Without a kept output it is run.
     """
@@ -122,8 +122,12 @@ class Pass:
 Combine = Callable[["Tensor"], "Tensor"]
 """Stacked raw outputs (P, B, C, H, W), in the order of the passes, to one output (B, C, H, W)."""
 
-Compare = Callable[["Tensor", "Tensor | None"], "Tensor"]
-"""The same with the stacked outputs of the step before, or ``None`` if there are none."""
+
+class Compare(Protocol):
+    """The same with the stacked outputs of the step before, or ``None`` if there are none."""
+
+    def __call__(self, outputs: Tensor, previous: Tensor | None) -> Tensor: ...
+
 
 Observe = Callable[["Tensor", "Tensor"], Mapping[str, float]]
 """(sample (B, C, H, W), stacked outputs (P, B, C, H, W)) to named numbers for later steps."""

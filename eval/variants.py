@@ -7,8 +7,17 @@ from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
 from cmlora.strategies import METHODS
 
-USUAL = tuple("cmlora@nonuniform" if name == "cmlora" else name for name in METHODS)
-"""Every method there is, with caching for the one that is built on it."""
+USUAL = (
+    "naive",
+    "merge",
+    "switch",
+    "composite",
+    "switch_a",
+    "select",
+    "lorahub",
+    "cmlora@nonuniform",
+)
+"""What is compared unless something else is asked for."""
 
 
 @dataclass(frozen=True)

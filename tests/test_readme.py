@@ -15,9 +15,11 @@ from typer.main import get_command
 from cmlora.adapters.compression import COMPRESSIONS, RULES
 from cmlora.adapters.merging import MERGES
 from cmlora.adapters.tuners import TUNERS
+from cmlora.caching.modifiers import MODIFIERS
 from cmlora.caching.policy import POLICIES
 from cmlora.cli.app import app
 from cmlora.cli.cost import estimate
+from cmlora.eval.scorers import SCORERS
 from cmlora.pipelines import library
 from cmlora.strategies import METHODS
 
@@ -39,11 +41,13 @@ def cost_table() -> str:
 TABLES = {
     "methods": METHODS.table,
     "policies": POLICIES.table,
+    "modifiers": MODIFIERS.table,
     "cost": cost_table,
     "merges": MERGES.table,
     "rules": RULES.table,
     "compressions": COMPRESSIONS.table,
     "tuners": TUNERS.table,
+    "scorers": SCORERS.table,
 }
 
 
@@ -65,6 +69,9 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if "cm
 def test_commands_parse(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    if hasattr(command, "commands"):
+        name, *arguments = arguments
+        command = command.commands[name]
     assert command.make_context(name, arguments).params
 
 

@@ -2,15 +2,17 @@
 
 A policy knows neither model nor LoRAs. It answers two questions: is anything ever reused, and
 which of the T denoising steps are refresh steps. What happens at a refresh step is the strategy's
-affair: most of them refresh every pass, CMLoRA refreshes the dominant LoRA.
+affair: most of them refresh every pass, CMLoRA refreshes the dominant LoRA. A policy may say more
+in `cmlora.caching.modifiers`: one slot per refresh in turn, a maximum age, forecasts for reuse.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -143,6 +145,75 @@ class Custom:
         return tuple(step for step in self.steps if step < count)
 
 
+@dataclass(frozen=True)
+class Threshold:
+    """A refresh when the denoiser's input has changed by so much since the last one.
+
+    The rule of TeaCache (arXiv 2411.19108): the relative L1 change from step to step,
+    |x_t - x_(t-1)| / |x_(t-1)|, is mapped by a polynomial fitted to the model and accumulated; at
+    ``limit`` or above the step is a refresh step and the account starts again from 0.
+
+    Args:
+        limit: where a refresh is due.
+        coefficients: of the polynomial, from the constant upwards; the identity unless given.
+        changes: what was measured in the run so far; see `given`.
+    """
+
+    limit: float
+    coefficients: tuple[float, ...] = (0.0, 1.0)
+    changes: tuple[float, ...] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        numbers = (self.limit, *self.coefficients)
+        if not self.coefficients or not all(map(math.isfinite, numbers)) or self.limit < 0:
+            raise CmloraError(
+                f"cache policy threshold: {', '.join(map(str, numbers))}; the limit must be 0 or "
+                "more and the coefficients finite numbers"
+            )
+
+    @property
+    def name(self) -> str:
+        """The text `parse` understands."""
+        if self.coefficients == (0.0, 1.0):
+            return f"threshold:{self.limit!r}"
+        return f"threshold:{','.join(map(repr, (self.limit, *self.coefficients)))}"
+
+    @property
+    def reuse(self) -> bool:
+        """False for limit 0, which every step reaches."""
+        return self.limit > 0
+
+    @property
+    def adaptive(self) -> bool:
+        """Always true: the engine has to measure the input's changes."""
+        return True
+
+    def given(self, changes: Sequence[float]) -> Threshold:
+        """The policy when the changes of the first steps, the first of them 0, are known."""
+        return replace(self, changes=tuple(changes))
+
+    def refreshes(self, count: int) -> tuple[int, ...]:
+        """Step 0, and the steps so far at which the account was full.
+
+        Without measurements the account is taken to fill in proportion to the run's length: the
+        input goes from noise to picture, a relative change of about 1 in all. That is a forecast
+        for cost estimates.
+        """
+        if not self.reuse:
+            return tuple(range(count))
+        changes = self.changes
+        if changes is None:
+            changes = (0.0, *(1 / count for _ in range(count - 1)))
+        found, account = [0], 0.0
+        for step in range(1, min(count, len(changes))):
+            powers = (c * changes[step] ** i for i, c in enumerate(self.coefficients))
+            account += math.fsum(powers)
+            if not account < self.limit:  # not a number is no reason to go on reusing
+                found.append(step)
+                account = 0.0
+        return tuple(found)
+
+
 def none() -> Policy:
     """Nothing is reused."""
     return NoReuse()
@@ -176,6 +247,19 @@ def custom(steps: Iterable[int]) -> Policy:
     return Custom(tuple(steps))
 
 
+def threshold(limit: float = 0.1, *coefficients: float) -> Policy:
+    """A refresh when the input has changed by ``limit`` since the last one.
+
+    Args:
+        limit: accumulated relative change, 0 or more.
+        coefficients: of a polynomial the changes are mapped by, from the constant upwards.
+
+    Raises:
+        CmloraError: if a number is not finite or the limit negative.
+    """
+    return Threshold(float(limit), tuple(map(float, coefficients)) or (0.0, 1.0))
+
+
 POLICIES: Registry[Callable[..., Policy]] = Registry(
     "cache policy",
     Entry("none", none, "every pass is full"),
@@ -187,6 +271,12 @@ POLICIES: Registry[Callable[..., Policy]] = Registry(
         "arXiv:2502.04923",
     ),
     Entry("steps", custom, "a refresh at the listed steps"),
+    Entry(
+        "threshold",
+        threshold,
+        "a refresh when the input has changed enough since the last",
+        "arXiv:2411.19108",
+    ),
 )
 
 _USAGE = {
@@ -194,6 +284,7 @@ _USAGE = {
     "uniform": "uniform:3",
     "nonuniform": "nonuniform or nonuniform:2,3,0.375,0.875",
     "steps": "steps:0,5,9",
+    "threshold": "threshold:0.1",
 }
 
 
@@ -201,8 +292,10 @@ def parse(text: str | Policy) -> Policy:
     """The policy a text stands for; a policy passes through.
 
     Args:
-        text: ``none``, ``uniform:3``, ``nonuniform``, ``nonuniform:2,3,0.375,0.875`` or
-            ``steps:0,5,9``. ``parse(policy.name) == policy`` for every policy here.
+        text: ``none``, ``uniform:3``, ``nonuniform``, ``nonuniform:2,3,0.375,0.875``,
+            ``steps:0,5,9`` or ``threshold:0.1``, and after it any of ``+turns``, ``+age:0.2`` and
+            ``+forecast:1``, see `cmlora.caching.modifiers`. ``parse(policy.name) == policy`` for
+            every policy here.
 
     Raises:
         CmloraError: for an unknown name or arguments that are not numbers of the right kind.
@@ -212,6 +305,12 @@ def parse(text: str | Policy) -> Policy:
     """
     if not isinstance(text, str):
         return text
+    # a plus sign in front of a digit is one of a number, as in 1e+05
+    text, *extras = re.split(r"\+(?!\d)", text)
+    if extras:
+        from cmlora.caching.modifiers import modified
+
+        return modified(parse(text), extras)
     name, colon, rest = text.strip().partition(":")
     factory = POLICIES[name.strip()].object
     try:
@@ -226,21 +325,27 @@ def parse(text: str | Policy) -> Policy:
 class Tally(NamedTuple):
     """How often each pass ran: mappings from `cmlora.plan.Pass.key` to a number of calls."""
 
-    full: Mapping[str, int]
-    light: Mapping[str, int]
+    full: Mapping[str, float]
+    light: Mapping[str, float]
 
 
 def tally(plans: Sequence[Plan]) -> Tally:
     """Full and light calls of a whole run, with one cache slot per pass as the engine keeps them.
 
     A pass that may reuse is light only if an earlier step has filled its slot: the first turn of
-    every LoRA is full whatever the policy says.
+    every LoRA is full whatever the policy says. A call on one branch of guidance counts one half.
+    A recalled pass is no call if its output was kept at the step before.
     """
     full: Counter[str] = Counter()
     light: Counter[str] = Counter()
+    kept: frozenset[str] = frozenset()
     for plan in plans:
         for item in plan.passes:
-            (light if item.may_reuse and full[item.key] else full)[item.key] += 1
+            if item.recall and {item.key, plan.passes[0].key} <= kept:
+                continue
+            share: Any = 1 if item.branch == "both" else 0.5
+            (light if item.may_reuse and full[item.key] else full)[item.key] += share
+        kept = frozenset(item.key for item in plan.passes) if plan.keep else frozenset()
     return Tally(dict(+full), dict(light))
 
 

@@ -16,12 +16,14 @@ def methods(
 
     Example: [bold]cmlora methods[/bold]
     """
+    from cmlora.caching.modifiers import MODIFIERS
     from cmlora.caching.policy import POLICIES
     from cmlora.strategies import METHODS
 
     rows: dict[str, list[dict[str, Any]]] = {
         "methods": [_row(entry) for entry in METHODS.values()],
         "policies": [_row(entry) for entry in POLICIES.values()],
+        "additions to policies": [_row(entry) for entry in MODIFIERS.values()],
     }
     if as_json:
         emit(rows)

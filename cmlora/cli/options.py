@@ -16,13 +16,20 @@ Guidance = Annotated[
 ]
 LoRAFolder = Annotated[str | None, typer.Option(help="Where LoRA names are looked up.")]
 Methods = Annotated[
-    str, typer.Option(help="METHOD or METHOD@CACHE, separated by commas; all if empty.")
+    str, typer.Option(help="METHOD or METHOD@CACHE, separated by commas; the usual ones if empty.")
 ]
 Model = Annotated[
     str, typer.Option(help="emoji, a diffusers folder, a .safetensors file, or a hub id.")
 ]
 NegativePrompt = Annotated[str, typer.Option(help="What to avoid.")]
 Prompt = Annotated[str, typer.Option(help="What to draw; the LoRAs' trigger words if empty.")]
+Schedule = Annotated[
+    str,
+    typer.Option(help="Strengths over the run, such as '<lora:ink:0@0,1@0.5>'; see the README."),
+]
 Settings = Annotated[list[str] | None, typer.Option(help="KEY=VALUE of a method; may be repeated.")]
 Size = Annotated[str, typer.Option(help="Pixels, or WIDTHxHEIGHT; the model's if empty.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Uncond = Annotated[
+    str, typer.Option(help="Unconditional predictions: per_lora, or shared for the base's own.")
+]

@@ -51,6 +51,12 @@ class Profile:
         return fmean(shares) if shares else math.nan
 
     @property
+    def importance(self) -> tuple[tuple[float, float], ...]:
+        """At every step's fraction, the size of the contribution at high frequencies."""
+        rows = zip(self.fractions, self.ratio, self.norm, strict=True)
+        return tuple((fraction, ratio * size) for fraction, ratio, size in rows)
+
+    @property
     def window(self) -> tuple[float, float]:
         """The shortest part of the run that holds at least half of the contribution's size.
 

@@ -9,15 +9,23 @@ from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
 from cmlora.plan import Member, Plan, Policy, Step, Strategy
 from cmlora.registry import Entry, Registry
+from cmlora.strategies.auto import auto
 from cmlora.strategies.cmlora import cmlora
 from cmlora.strategies.composite import composite
+from cmlora.strategies.delta import delta
+from cmlora.strategies.freeswitch import freeswitch
+from cmlora.strategies.klora import klora
 from cmlora.strategies.lorahub import lorahub
+from cmlora.strategies.loratorio import loratorio
 from cmlora.strategies.merge import merge
+from cmlora.strategies.multlfg import multlfg
 from cmlora.strategies.naive import naive
 from cmlora.strategies.options import checked
 from cmlora.strategies.select import select
 from cmlora.strategies.switch import switch
 from cmlora.strategies.switch_a import switch_a
+from cmlora.strategies.w_composite import w_composite
+from cmlora.strategies.w_switch import w_switch
 
 METHODS: Registry[Strategy] = Registry(
     "composition method",
@@ -31,7 +39,48 @@ METHODS: Registry[Strategy] = Registry(
         "one LoRA at a time, high-frequency ones first",
         "arXiv:2502.04923",
     ),
+    Entry(
+        "w_switch",
+        w_switch,
+        "one LoRA at a time, longer the more the prompt speaks of it",
+        "arXiv:2606.03792",
+    ),
+    Entry(
+        "w_composite",
+        w_composite,
+        "the mean of the predictions, weighed by the prompt",
+        "arXiv:2606.03792",
+    ),
+    Entry(
+        "freeswitch",
+        freeswitch,
+        "at every step the LoRA to which it matters most, by measured profiles",
+        "arXiv:2604.10023",
+    ),
+    Entry(
+        "klora",
+        klora,
+        "one pass in which every layer has either subject or style",
+        "arXiv:2502.18461",
+    ),
     Entry("select", select, "every place follows the LoRAs that change it most"),
+    Entry(
+        "delta",
+        delta,
+        "one fresh prediction per step, the others follow at their last known distance",
+    ),
+    Entry(
+        "loratorio",
+        loratorio,
+        "every patch follows the LoRAs least like the base model there",
+        "arXiv:2508.11624",
+    ),
+    Entry(
+        "multlfg",
+        multlfg,
+        "every frequency band follows the LoRAs that change it most",
+        "arXiv:2505.20525",
+    ),
     Entry("lorahub", lorahub, "one merge with searched coefficients", "arXiv:2307.13269"),
     Entry(
         "cmlora",
@@ -39,6 +88,7 @@ METHODS: Registry[Strategy] = Registry(
         "every LoRA predicts, in frequency order one dominates, the others reuse features",
         "arXiv:2502.04923",
     ),
+    Entry("auto", auto, "chooses one of the others by what is known of the LoRAs and a budget"),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from cmlora.caching.modifiers import renewed
 from cmlora.errors import CmloraError
 from cmlora.plan import Member, Pass, Policy, Step
 
@@ -29,5 +30,49 @@ def together(members: Iterable[Member], may_reuse: bool) -> Pass:
 
 
 def may_reuse(step: Step, policy: Policy) -> bool:
-    """The general rule: at a refresh step every pass is full, at the others every slot is used."""
-    return policy.reuse and step.index not in policy.refreshes(step.count)
+    """Whether the only pass of a step may be light: at refresh steps every pass is full."""
+    return not renewed(policy, step, 1)[0]
+
+
+def each(
+    step: Step,
+    policy: Policy,
+    members: Sequence[Member],
+    *,
+    base: bool = False,
+    common: Sequence[Member] = (),
+) -> tuple[Pass, ...]:
+    """One pass per LoRA, in the given order.
+
+    Args:
+        step: the step about to run.
+        policy: which of the passes are full.
+        members: the LoRAs that take turns.
+        base: whether a pass without them comes first.
+        common: LoRAs that are active in every pass.
+    """
+    groups = [list(common)] * base + [[*common, member] for member in members]
+    full = renewed(policy, step, len(groups))
+    return tuple(together(group, not now) for group, now in zip(groups, full, strict=True))
+
+
+def turn_lengths(weights: Sequence[float], total: int) -> list[int]:
+    """Whole steps in proportion to weights, that add up to ``total``, by largest remainders.
+
+    Where there is a step for everybody, everybody of weight above 0 has one.
+
+    >>> turn_lengths([1.0, 1.0, 2.0], 10)
+    [3, 2, 5]
+    """
+    positive = [i for i, weight in enumerate(weights) if weight > 0]
+    if not positive:
+        weights, positive = [1.0] * len(weights), list(range(len(weights)))
+    least = 1 if total >= len(positive) else 0
+    spare, whole = total - least * len(positive), sum(weights[i] for i in positive)
+    ideal = [spare * weights[i] / whole if i in positive else 0.0 for i in range(len(weights))]
+    lengths = [int(part) + (least if i in positive else 0) for i, part in enumerate(ideal)]
+    left = total - sum(lengths)
+    ranked = sorted(positive, key=lambda i: (int(ideal[i]) - ideal[i], i))
+    for i in ranked[:left]:
+        lengths[i] += 1
+    return lengths

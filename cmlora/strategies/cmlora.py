@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+from cmlora.caching.modifiers import refresh_steps
 from cmlora.caching.policy import nonuniform
 from cmlora.errors import CmloraError
 from cmlora.frequency.order import Order, phases
@@ -86,7 +87,7 @@ def cmlora(
         return Plan((together(ordered, may_reuse(step, policy)),))
 
     count = step.count
-    refreshes = (policy if policy.reuse else nonuniform()).refreshes(count)
+    refreshes = refresh_steps(policy, step) if policy.reuse else nonuniform().refreshes(count)
     interval = 0.1 if switch is None and partition == "async" else switch
     switches = refreshes if interval is None else ticks(interval, count)
     if partition == "online":
@@ -98,7 +99,8 @@ def cmlora(
         rotation = tuple(ordered_by(members, order))
         known = Readings((Era(0, rotation, rotation),), {}, False, None)
     edge = spans(late, count)
-    age = None if max_age is None else max(1, spans(max_age, count))
+    limits = [limit for limit in (max_age, getattr(policy, "age", None)) if limit is not None]
+    age = max(1, spans(min(limits), count)) if limits else None
     always = dominant_full == "always"
     is_late = frozenset(tick for tick in switches if known.late.get(tick, tick >= edge))
     event = latest(events(switches, refreshes, is_late, known.eras, age, always), step.index)

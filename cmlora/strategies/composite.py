@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cmlora.plan import Member, Plan, Policy, Step
-from cmlora.strategies._passes import by_name, may_reuse, together
+from cmlora.strategies._passes import by_name, each
 
 
 def composite(step: Step, members: Sequence[Member], policy: Policy) -> Plan:
@@ -18,6 +18,4 @@ def composite(step: Step, members: Sequence[Member], policy: Policy) -> Plan:
         policy: when cached features are refreshed.
     """
     ordered = by_name(members)
-    reuse = may_reuse(step, policy)
-    shares = (1 / len(ordered),) * len(ordered)
-    return Plan(tuple(together([member], reuse) for member in ordered), shares)
+    return Plan(each(step, policy, ordered), (1 / len(ordered),) * len(ordered))

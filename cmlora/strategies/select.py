@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
-from cmlora.plan import Combine, Member, Pass, Plan, Policy, Step
-from cmlora.strategies._passes import by_name, may_reuse, together
+from cmlora.plan import Member, Plan, Policy, Step
+from cmlora.strategies._maps import Scale
+from cmlora.strategies._passes import by_name, each, may_reuse, together
+from cmlora.strategies._selection import Bands, Selection, combination, everywhere, spreads
 from cmlora.strategies.options import Between
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def select(
@@ -20,18 +19,28 @@ def select(
     *,
     strength: Annotated[float, Between(0)] = 1.5,
     sharpness: Annotated[float, Between(0)] = 4.0,
+    sharpness_end: Annotated[float | None, Between(0)] = None,
+    scale: Scale = "mean",
+    patch: Annotated[int, Between(1)] = 1,
+    bands: Bands = "together",
+    prior: Annotated[float, Between(0)] = 0.0,
+    keep: Literal["label", "measured", "none"] = "label",
+    spread: Annotated[float, Between(0, 1)] = 0.9,
+    guidance: Literal["after", "before"] = "after",
 ) -> Plan:
-    """A base pass and N passes with one LoRA each, combined as
+    """A base pass and one pass for each of N LoRAs, combined as
 
     e = e_0 + s sum_j w_j(x) d_j,  d_j = e_j - e_0,
-    w(x) = softmax over j of (sharpness |d_j(x)| / mean_x |d_j|),
+    w(x) = softmax over j of (sharpness |d_j(x)| / mean_x |d_j| + prior log r_j),
 
     with |.| the norm over channels: a LoRA counts where it departs from the base model more than
     it does elsewhere. Sharpness 0 and strength 1 is Composite. The weights sum to one at each
     location, but for other strengths the sum with e_0 is an extrapolation along the mixed
     direction, like guidance.
 
-    A single LoRA is run plainly: its weight w is 1 everywhere, and there is nothing to select.
+    LoRAs that change the whole picture, such as styles, would be broken into patches by this. They
+    are active in every pass, the base pass included, and the others are selected among. Where a
+    single LoRA is left to select, all run together in one plain pass.
 
     Args:
         step: the denoising step about to run.
@@ -40,29 +49,46 @@ def select(
         strength: s, how far to go along the selected direction; it makes up for what averaging
             N directions takes away.
         sharpness: 0 averages the LoRAs, large values take the strongest one at each location.
+        sharpness_end: its value at the last step, in between it changes linearly; unset: constant.
+        scale: what the sizes |d_j(x)| are divided by, see `cmlora.strategies._maps.relative`.
+        patch: side of the squares of latent locations that are weighed together.
+        bands: ``together`` weighs whole departures. ``apart`` splits them into low and high
+            frequencies (the two parts of a Haar transform) and weighs each by its own sizes.
+            ``low_first`` does so and lets the sharpness fall to 0 in the low band and rise from 0
+            in the high band; ``high_first`` is the reverse.
+        prior: how much the prompt decides: w_j is multiplied by r_j^prior, with r_j the LoRA's
+            `cmlora.plan.Member.relevance`. 0 leaves the prompt aside.
+        keep: which LoRAs are active in every pass: those labelled (``scope`` "global", or
+            category "style" without a scope), also those that are ``measured`` to be global at
+            the first step, or none.
+        spread: from which value of (mean |d_j|)^2 / mean |d_j|^2 on a LoRA is measured global. It
+            is 1 for one that changes all places alike and the share of the area for one that
+            changes a part of it.
+        guidance: whether the pipeline's guidance comes ``after`` the selection, which is then
+            made for each branch by itself, or ``before``: both branches are weighed by the guided
+            departures. Pipelines that call the model once per branch have the former only.
     """
     ordered = by_name(members)
-    reuse = may_reuse(step, policy)
-    if len(ordered) == 1:
-        return Plan((together(ordered, reuse),))
-    passes = (Pass({}, reuse), *(together([member], reuse) for member in ordered))
-    return Plan(passes, selection(strength, sharpness))
-
-
-def selection(strength: float, sharpness: float) -> Combine:
-    """The combination of `select`: (1 + N, B, C, H, W), base first, to (B, C, H, W)."""
-
-    def combine(outputs: Tensor) -> Tensor:
-        exact = outputs.float() if outputs.dtype.itemsize < 4 else outputs
-        base = exact[0]
-        departures = exact[1:] - base  # (N, B, C, H, W)
-        size = departures.square().sum(2, keepdim=True).sqrt()  # (N, B, 1, H, W)
-        mean = size.mean((-2, -1), keepdim=True)
-        relative = size / mean.where(mean > 0, 1)
-        weights = (sharpness * relative).softmax(0)
-        mixed = weights[0] * departures[0]
-        for weight, departure in zip(weights[1:], departures[1:], strict=True):
-            mixed = mixed + weight * departure
-        return (base + strength * mixed).to(outputs.dtype)
-
-    return combine
+    common = everywhere(step, ordered, keep, spread)
+    local = [member for member in ordered if member not in common]
+    if len(local) == 1:
+        return Plan((together(ordered, may_reuse(step, policy)),))
+    progress = step.index / max(step.count - 1, 1)
+    end = sharpness if sharpness_end is None else sharpness_end
+    how = Selection(
+        strength=strength,
+        sharpness=sharpness + (end - sharpness) * progress,
+        scale=scale,
+        patch=patch,
+        bands=bands,
+        progress=progress,
+        prior=tuple(member.relevance for member in local),
+        trust=prior,
+        guidance=step.guidance if guidance == "before" else None,
+    )
+    measuring = keep == "measured" and step.index == 0 and not common
+    return Plan(
+        each(step, policy, local, base=True, common=common),
+        combination(how),
+        spreads([member.name for member in local]) if measuring else None,
+    )

@@ -120,7 +120,7 @@ def test_a_wrong_text_is_one_helpful_line(text: str, message: str) -> None:
 
 
 def test_every_policy_is_listed() -> None:
-    assert list(POLICIES) == ["none", "uniform", "nonuniform", "steps"]
+    assert list(POLICIES) == ["none", "uniform", "nonuniform", "steps", "threshold"]
 
 
 def test_the_first_run_of_a_slot_is_full_even_if_it_may_reuse() -> None:

@@ -57,6 +57,12 @@ def test_weight_one_without_cache_is_composite_to_the_bit(pipe: Any) -> None:
 
 
 def test_every_method_makes_another_picture(pipe: Any) -> None:
+    """But for those that differ only by what nobody has measured here."""
+    alike = [
+        {"switch", "switch_a", "w_switch", "freeswitch"},
+        {"merge", "auto"},
+        {"composite", "w_composite"},
+    ]
     roles: Any = {"a": "low"}
     made = {
         method: picture(pipe, NAMES, method, roles=roles, **OPTIONS.get(method, {}))
@@ -65,7 +71,7 @@ def test_every_method_makes_another_picture(pipe: Any) -> None:
     for method, ours in made.items():
         assert ours.isfinite().all()
         for other, theirs in made.items():
-            if {method, other} != {method} and {method, other} != {"switch", "switch_a"}:
+            if method != other and not any({method, other} <= group for group in alike):
                 assert not torch.allclose(ours, theirs, atol=1e-3), (method, other)
 
 
@@ -74,9 +80,12 @@ def test_every_method_makes_another_picture(pipe: Any) -> None:
 def test_with_profiles_the_order_of_the_loras_makes_no_difference(
     pipe: Any, method: str, cache: str
 ) -> None:
-    if method == "switch":
+    if method in ("switch", "w_switch"):
         pytest.skip("the order of the turns is the user's")
-    members = [Member(name, frequency=0.3 * i) for i, name in enumerate(NAMES)]
+    members = [
+        Member(name, frequency=0.3 * i, category="style" if i == 2 else None)
+        for i, name in enumerate(NAMES)
+    ]
 
     def made(order: list[int]) -> torch.Tensor:
         chosen = [members[i] for i in order]
@@ -95,6 +104,9 @@ def test_the_report_is_the_tally_of_the_schedule(pipe: Any, method: str, cache: 
         tiny.run(pipe, steps=STEPS)
     members = [Member(name) for name in NAMES]
     counted = tally(schedule(method, members, STEPS, parse(cache), **options))
+    if method == "klora":  # which LoRAs a pass has depends on their weights
+        assert sum(composition.report.full.values()) == sum(counted.full.values())
+        return
     assert dict(composition.report.full) == counted.full
     assert dict(composition.report.light) == counted.light
 

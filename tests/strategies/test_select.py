@@ -1,14 +1,19 @@
 """Select: every location follows the LoRAs that depart from the base there."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cmlora.plan import Member, Plan
+from cmlora.caching.policy import none
+from cmlora.plan import Member, Plan, Step
 from cmlora.strategies import schedule
+from cmlora.strategies._selection import prior_logits
+from cmlora.strategies.select import select
 from tests.references import selected
+from tests.references_strategies import selected_with
 
 
 def plan_for(n: int, **options: Any) -> Plan:
@@ -72,3 +77,126 @@ def test_half_precision_goes_in_and_out() -> None:
     ours = run(plan_for(2), outputs.half())
     assert ours.dtype == torch.float16
     torch.testing.assert_close(ours.double(), run(plan_for(2), outputs), rtol=0.02, atol=0.02)
+
+
+OPTIONS = [
+    ({"scale": "rms"}, {"scale": "rms"}),
+    ({"scale": "max", "patch": 2}, {"scale": "max", "patch": 2}),
+    ({"scale": "joint", "sharpness": 2.0}, {"scale": "joint", "sharpness": 2.0}),
+    ({"bands": "apart", "patch": 3}, {"band_sharpness": (4.0, 4.0), "patch": 3}),
+]
+
+
+@pytest.mark.parametrize(("options", "reference"), OPTIONS)
+def test_options_match_the_loop_over_locations(
+    options: dict[str, Any], reference: dict[str, Any]
+) -> None:
+    outputs = noise(4, 2, 3, 5, 4)
+    ours = run(plan_for(3, **options), outputs)
+    np.testing.assert_allclose(
+        ours.numpy(), selected_with(outputs.numpy(), **reference), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("bands", "first", "last"), [("low_first", (4, 0), (0, 4)), ("high_first", (0, 4), (4, 0))]
+)
+def test_bands_take_turns_in_being_selected(bands: str, first: Any, last: Any) -> None:
+    plans = schedule("select", [Member("x"), Member("y")], 9, bands=bands)
+    outputs = noise(3, 2, 3, 4, 6)
+    between = tuple(0.75 * a + 0.25 * b for a, b in zip(first, last, strict=True))
+    for index, sharp in ((0, first), (8, last), (2, between)):
+        reference = selected_with(outputs.numpy(), band_sharpness=sharp)  # type: ignore[arg-type]
+        np.testing.assert_allclose(run(plans[index], outputs).numpy(), reference, rtol=1e-9)
+
+
+def test_sharpness_changes_over_the_run() -> None:
+    plans = schedule("select", [Member("x"), Member("y")], 5, sharpness=8, sharpness_end=0)
+    outputs = noise(3, 1, 3, 4, 4)
+    for index, sharpness in enumerate((8.0, 6.0, 4.0, 2.0, 0.0)):
+        reference = selected_with(outputs.numpy(), sharpness=sharpness)
+        np.testing.assert_allclose(run(plans[index], outputs).numpy(), reference, rtol=1e-9)
+
+
+def test_the_prompt_decides_where_the_departures_do_not() -> None:
+    members = [Member("x", relevance=0.9), Member("y", relevance=0.1), Member("z")]
+    outputs = noise(4, 1, 3, 4, 4)
+    plan = schedule("select", members, 1, prior=1.0, sharpness=0, strength=1)[0]
+    usual = 0.5
+    shares = np.array([0.9 / usual, 0.1 / usual, 1.0])
+    shares /= shares.sum()
+    expected = sum(s * o for s, o in zip(shares, outputs.numpy()[1:], strict=True))
+    np.testing.assert_allclose(run(plan, outputs).numpy(), expected, rtol=1e-9)
+    assert prior_logits([None, None], 1.0) == [0.0, 0.0]
+    assert all(map(math.isfinite, prior_logits([0.0, 1.0], 2.0)))
+
+
+def test_guided_departures_weigh_both_branches() -> None:
+    outputs = noise(3, 4, 3, 4, 4)
+    step = Step(0, 1, guidance=7.5)
+    members = [Member("x"), Member("y")]
+    plan = select(step, members, none(), guidance="before")
+    reference = selected_with(outputs.numpy(), guidance=7.5)
+    np.testing.assert_allclose(run(plan, outputs).numpy(), reference, rtol=1e-8)
+    apart = select(step, members, none())
+    separate = selected_with(outputs.numpy())
+    np.testing.assert_allclose(run(apart, outputs).numpy(), separate, rtol=1e-9)
+    unknown = select(Step(0, 1), members, none(), guidance="before")
+    np.testing.assert_allclose(run(unknown, outputs).numpy(), separate, rtol=1e-9)
+
+
+def keys(members: list[Member], *observed: Any, **options: Any) -> list[str]:
+    plan = select(Step(len(observed), 9, observed=observed), members, none(), **options)
+    return [item.key for item in plan.passes]
+
+
+def test_a_style_is_in_every_pass() -> None:
+    members = [Member("a"), Member("b"), Member("ink", 0.5, category="style")]
+    assert keys(members) == ["ink", "a+ink", "b+ink"]
+    plan = select(Step(0, 9), members, none())
+    assert all(item.weights["ink"] == 0.5 for item in plan.passes)
+    assert keys(members, keep="none") == ["base", "a", "b", "ink"]
+
+
+def test_the_users_label_wins_over_the_category() -> None:
+    local = Member("ink", category="style", scope="local")
+    everywhere = Member("fog", category="background", scope="global")
+    assert keys([Member("a"), local]) == ["base", "a", "ink"]
+    assert keys([Member("a"), Member("b"), everywhere]) == ["fog", "a+fog", "b+fog"]
+
+
+def test_where_nobody_is_left_to_select_nothing_is_kept_apart() -> None:
+    styles = [Member("ink", category="style"), Member("oil", category="style")]
+    assert keys(styles) == ["base", "ink", "oil"]
+    assert keys([*styles, Member("a")]) == ["a+ink+oil"]
+
+
+def test_a_lora_that_changes_all_places_alike_is_found_out() -> None:
+    members = [Member("a"), Member("b"), Member("fog")]
+    plan = select(Step(0, 9), members, none(), keep="measured")
+    assert [item.key for item in plan.passes] == ["base", "a", "b", "fog"]
+    assert plan.observe is not None
+    outputs = torch.zeros(4, 1, 4, 8, 8)
+    outputs[1, ..., :4] = 1.0  # half of the places
+    outputs[2, ..., 0, 0] = 5.0
+    outputs[3] = 0.25
+    seen = plan.observe(outputs[0], outputs)
+    assert seen == {
+        "spread:a": pytest.approx(0.5),
+        "spread:b": pytest.approx(1 / 64),
+        "spread:fog": pytest.approx(1.0),
+    }
+    assert keys(members, seen, keep="measured") == ["fog", "a+fog", "b+fog"]
+    assert keys(members, seen) == ["base", "a", "b", "fog"]
+    assert select(Step(1, 9, observed=(seen,)), members, none(), keep="measured").observe is None
+    labelled = [Member("a"), Member("b"), Member("fog", category="background")]
+    assert keys(labelled, seen, keep="measured") == ["base", "a", "b", "fog"]
+
+
+def test_slots_are_renewed_in_turn() -> None:
+    members = [Member("a"), Member("b")]
+    plans = schedule("select", members, 6, "uniform:1+turns")
+    assert not any(item.may_reuse for plan in plans for item in plan.passes)
+    plans = schedule("select", members, 9, "uniform:2+turns")
+    full = [[item.key for item in plan.passes if not item.may_reuse] for plan in plans]
+    assert full == [["base", "a", "b"], [], ["base"], [], ["a"], [], ["b"], [], ["base"]]

@@ -1,0 +1,203 @@
+"""diffusers' own caches under a composition: one state per LoRA, on and off without a trace."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    ModelHook,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks.hooks import CacheContext
+
+from cmlora import hooks
+from cmlora.caching.contexts import Contexts
+from cmlora.caching.foreign import ForeignCache
+from cmlora.compose import compose
+from cmlora.errors import CmloraError
+from tests import families
+from tests.composing import state
+from tests.families import NAMES, Family
+
+STEPS = 6
+FIRST_BLOCK = FirstBlockCacheConfig(threshold=10.0)
+TAYLOR = TaylorSeerCacheConfig(
+    cache_interval=2, disable_cache_before_step=2, taylor_factors_dtype=torch.float32
+)
+MAG = MagCacheConfig(
+    threshold=10.0, max_skip_steps=2, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS
+)
+BROADCAST = PyramidAttentionBroadcastConfig(
+    spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 1001)
+)
+FASTER = FasterCacheConfig(is_guidance_distilled=True, attention_weight_callback=lambda _: 0.3)
+SEA = SeaCacheConfig(threshold=10.0)
+
+CASES = [
+    ("flux", FIRST_BLOCK),
+    ("flux", TAYLOR),
+    ("flux", MAG),
+    ("flux", BROADCAST),
+    ("flux", FASTER),
+    ("qwen", FIRST_BLOCK),
+    ("sd3", FIRST_BLOCK),
+    ("zimage", FIRST_BLOCK),
+    ("flux2", MAG),
+    ("wan", SEA),
+]
+
+
+class Calls:
+    """A denoiser's calls in a run whose input changes little from step to step."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.model = family.models()[0]
+        self.given: dict[str, Any] = {}
+        self.args: tuple[Any, ...] = ()
+        handle = self.model.register_forward_pre_hook(self._note, with_kwargs=True)
+        family.run(steps=4)
+        handle.remove()
+        self.timestep = 0.0
+
+    def _note(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.given:
+            self.args, self.given = args, kwargs
+
+    @torch.no_grad()
+    def run(self, *, context: bool) -> list[torch.Tensor]:
+        """All outputs; with `context` the calls name the step, as some pipelines do."""
+        scheduler = self.family.pipe.scheduler
+        families.set_timesteps(scheduler, STEPS)
+        outputs = []
+        for number in range(STEPS):
+            self.timestep = float(scheduler.timesteps[number])
+            scheduler._step_index = number
+            scale = 1 - 0.02 * number
+            args, kwargs = list(self.args), dict(self.given)
+            if args:
+                args[0] = [each * scale for each in args[0]]
+            else:
+                kwargs["hidden_states"] = kwargs["hidden_states"] * scale
+            named = CacheContext("cond", number, STEPS, sigma=float(scheduler.sigmas[number]))
+            if context:
+                with hooks.cache_context(self.model, named, None):
+                    output = self.model(*args, **kwargs)[0]
+            else:
+                output = self.model(*args, **kwargs)[0]
+            outputs.append(torch.stack(output) if isinstance(output, list) else output)
+        return outputs
+
+    def alone(self, name: str, config: Any) -> list[torch.Tensor]:
+        """One LoRA, without a composition."""
+        self.model.set_adapters([name])
+        self.model.requires_grad_(False)
+        if config is None:
+            return self.run(context=True)
+        cache = ForeignCache(self.model, config, lambda: self.timestep)
+        try:
+            return self.run(context=True)
+        finally:
+            cache.remove()
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=lambda c: getattr(c, "__name__", None))
+def test_every_lora_has_a_state_of_its_own(name: str, config: Any) -> None:
+    calls = Calls(families.family(name))
+    cached = [calls.alone(lora, config) for lora in NAMES]
+    plain = [calls.alone(lora, None) for lora in NAMES]
+    assert any(not torch.equal(a, b) for a, b in zip(cached[0], plain[0], strict=True))
+    expected = [torch.stack(step).mean(0) for step in zip(*cached, strict=True)]
+    before = state(calls.family.pipe)
+    with compose(calls.family.pipe, NAMES, method="composite", cache=config):
+        for context in (True, False):
+            for step, output in enumerate(calls.run(context=context)):
+                torch.testing.assert_close(
+                    output, expected[step], rtol=1e-4, atol=1e-5, msg=f"step {step}, {context}"
+                )
+    assert state(calls.family.pipe) == before
+
+
+def test_a_whole_pipeline_with_a_cache_that_it_does_not_know() -> None:
+    zimage = families.family("zimage")
+    with compose(zimage.pipe, NAMES, method="composite", cache=FirstBlockCacheConfig(1e-9)):
+        exact = zimage.run()
+    with compose(zimage.pipe, NAMES, method="composite"):
+        torch.testing.assert_close(zimage.run(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_that_missed_a_step_is_dropped() -> None:
+    calls = Calls(families.family("flux"))
+    cache = ForeignCache(calls.model, TAYLOR, lambda: 0.0)
+    try:
+        contexts = Contexts(calls.model, besides=ModelHook())
+        hook = next(hook for hook, _ in hooks.stateful_hooks(calls.model, besides=ModelHook()))
+        seen = []
+        for step in (0, 1, 4):
+            with contexts.isolated(("ink",), CacheContext("ink", step), None), torch.no_grad():
+                calls.model(**calls.given)
+                seen.append(hook.state_manager.get_state().current_step)
+        assert seen == [0, 1, 0]
+    finally:
+        cache.remove()
+
+
+def test_sharing_a_context_is_an_error() -> None:
+    calls = Calls(families.family("flux"))
+    cache = ForeignCache(calls.model, FIRST_BLOCK, lambda: 0.0)
+    try:
+        contexts = Contexts(calls.model, besides=ModelHook())
+        with contexts.isolated(("ink",), CacheContext("cond"), None):
+            pass
+        with (
+            pytest.raises(CmloraError, match="LoRAs cannot share a cache"),
+            contexts.isolated(("alice",), CacheContext("cond"), None),
+        ):
+            pass
+    finally:
+        cache.remove()
+
+
+def test_a_hook_whose_state_cannot_be_kept_apart_is_an_error() -> None:
+    class Hoarder(ModelHook):  # type: ignore[misc]
+        _is_stateful = True
+
+        def reset_state(self, module: Any) -> Any:
+            return module
+
+    flux = families.family("flux")
+    attached = hooks.Attachment(flux.models()[0], Hoarder(), "hoarder")
+    try:
+        with (
+            compose(flux.pipe, NAMES, method="composite"),
+            pytest.raises(CmloraError, match="Hoarder on FluxTransformer2DModel keeps one state"),
+        ):
+            flux.run()
+    finally:
+        attached.remove()
+
+
+def test_batched_passes_and_other_caches_exclude_each_other() -> None:
+    flux = families.family("flux")
+    with (
+        compose(flux.pipe, NAMES, method="composite", cache=FIRST_BLOCK, execution="batched"),
+        pytest.raises(CmloraError, match=r"one of diffusers' caches is on"),
+    ):
+        flux.run()
+
+
+def test_caches_that_do_not_fit_are_named() -> None:
+    with pytest.raises(CmloraError, match="FirstBlockCacheConfig does not go on Sana"):
+        compose(families.family("sana").pipe, NAMES, cache=FIRST_BLOCK)
+    flux = families.family("flux")
+    flux.pipe.transformer.enable_cache(FIRST_BLOCK)
+    try:
+        with pytest.raises(CmloraError, match="has a cache already"):
+            compose(flux.pipe, NAMES, cache=TAYLOR)
+    finally:
+        flux.pipe.transformer.disable_cache()
