@@ -22,6 +22,7 @@ from cmlora.cli.merge import merge
 from cmlora.cli.methods import methods
 from cmlora.cli.pack import pack
 from cmlora.cli.profile import profile
+from cmlora.cli.ui import ui
 from cmlora.cli.unpack import unpack
 from cmlora.errors import CmloraError
 
@@ -88,6 +89,7 @@ for command, panel in (
     (compare, PICTURES),
     (cost, PICTURES),
     (profile, PICTURES),
+    (ui, PICTURES),
     (inspect, FILES),
     (convert, FILES),
     (compress, FILES),
