@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from cmlora.adapters.compression import COMPRESSIONS, RULES
 from cmlora.adapters.merging import MERGES
+from cmlora.adapters.training.optim import OPTIMIZERS
 from cmlora.adapters.tuners import TUNERS
 from cmlora.caching.modifiers import MODIFIERS
 from cmlora.caching.policy import POLICIES
@@ -47,6 +48,7 @@ TABLES = {
     "rules": RULES.table,
     "compressions": COMPRESSIONS.table,
     "tuners": TUNERS.table,
+    "optimizers": OPTIMIZERS.table,
     "scorers": SCORERS.table,
 }
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -65,11 +67,14 @@ def layer_to_lora(
     base = layer.get_base_layer()
     if getattr(base, "groups", 1) != 1:
         raise CmloraError(f"{key} is a convolution in groups, for which LoRA files have no form")
-    if not layer.supports_lora_conversion(name) or not hasattr(layer, "get_delta_weight"):
+    if not _additive(layer, name):
         raise CmloraError(f"{name}: {type(layer).__name__} in {key} is no update of the weight")
     delta = full(layer.get_delta_weight(name)).reshape(base.weight.shape)
     exact = None
-    if isinstance(layer, TunerLayer):
+    if isinstance(layer, LoraLayer):
+        down, up = (getattr(layer, f"lora_{side}")[name].weight.detach() for side in "AB")
+        exact = full(up).flatten(1), full(down).flatten(1)
+    elif isinstance(layer, TunerLayer):
         shift = layer.bias_update(name)
         if shift is not None and bool(shift.any()):
             raise CmloraError(f"{name} changes the bias of {key}, for which a LoRA has no place")
@@ -85,6 +90,15 @@ def layer_to_lora(
         update = _decomposed(delta, rank)
     update = replace(update, down=update.down.contiguous(), up=update.up.contiguous())
     return update, float((delta - update.delta()).norm()), float(delta.norm())
+
+
+def _additive(layer: Any, name: str) -> bool:
+    """Whether an adapter is ``W + weight * delta``; PEFT says so of linear layers only."""
+    if isinstance(layer, LoraLayer):
+        return not layer.use_dora.get(name) and not layer.lora_bias.get(name)
+    if isinstance(layer, LycorisLayer):
+        return True
+    return hasattr(layer, "get_delta_weight") and bool(layer.supports_lora_conversion(name))
 
 
 def _decomposed(delta: Tensor, rank: int | None) -> Update:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmlora.adapters.tuners.layer import TunerLayer
 from cmlora.adapters.tuners.plugin import TunerConfig
 from cmlora.adapters.tuners.tensors import generator, kaiming, uniform
+from cmlora.errors import CmloraError
 
 _CHUNK = 2**22
 
@@ -56,6 +57,24 @@ class NolaLayer(TunerLayer):
         up = mixture(self.tensor(name, "up"), (outputs, rank), seed + 2)
         offset = self.frozen(name, "offset").to(down.dtype)
         return up, offset + down
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, name: str, bits: int) -> None:
+    """Rounds all coefficients of an adapter to a grid of ``2^bits - 1`` values per vector.
+
+    Raises:
+        CmloraError: if there is no such adapter, or not from 2 to 16 bits.
+    """
+    layers = [m for m in model.modules() if isinstance(m, NolaLayer) and name in m.r]
+    if not layers or not 2 <= bits <= 16:
+        raise CmloraError(f"{name}: {bits} bits, {len(layers)} NOLA layers; expected 2 to 16 bits")
+    for layer in layers:
+        for title in layer.trained:
+            held = layer.held(name, title)
+            unit = held.abs().max() / (2 ** (bits - 1) - 1)
+            if float(unit) > 0:
+                held.copy_((held / unit).round() * unit)
 
 
 def mixture(coefficients: Tensor, shape: tuple[int, int], seed: int) -> Tensor:

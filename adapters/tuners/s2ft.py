@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from cmlora.adapters.tuners.layer import TunerLayer
 from cmlora.adapters.tuners.plugin import TunerConfig
@@ -42,7 +43,8 @@ class S2ftLayer(TunerLayer):
     """``W[:, S] + V`` or ``W[S] + V`` with a fixed set S and ``V`` from zero.
 
     arXiv:2412.06289, by index instead of by permuting the weights. S follows from the seed, or
-    from the weight. Adapters with disjoint sets do not touch each other's entries.
+    from the weight. Adapters with disjoint sets do not touch each other's entries. Training
+    columns of a linear layer keeps only their part of the input for the backward pass.
     """
 
     method = "s2ft"
@@ -76,6 +78,28 @@ class S2ftLayer(TunerLayer):
     def chosen(self, name: str) -> Tensor:
         """Which rows, or columns of the flattened weight, are trained."""
         return self.frozen(name, "chosen")
+
+    def change(self, name: str, x: Tensor) -> Tensor:
+        if self._groups != 1:
+            return super().change(name, x)
+        values, chosen = self.tensor(name, "values") * self.scaling[name], self.chosen(name)
+        base = self.get_base_layer()
+        linear = isinstance(base, nn.Linear)
+        dimension = -1 if linear else 1
+        if self.config[name].side == "output":
+            small = self.apply_matrix(x, values)
+            shape = list(small.shape)
+            shape[dimension] = base.weight.shape[0]
+            return small.new_zeros(shape).index_add(dimension, chosen, small)
+        # Backward needs the chosen channels of the input alone, so only they are kept.
+        width = 1 if linear else base.weight[0, 0].numel()
+        part = x.index_select(dimension, chosen[::width] // width)
+        values = values.to(x.dtype)
+        if linear:
+            return functional.linear(part, values)
+        kernel = values.reshape(len(values), part.shape[1], *base.weight.shape[2:])
+        result: Tensor = base._conv_forward(part, kernel, None)
+        return result
 
     def update(self, name: str) -> Tensor:
         values, chosen = self.tensor(name, "values"), self.chosen(name)

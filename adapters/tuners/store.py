@@ -29,13 +29,21 @@ _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")
 _SETTINGS, _RANDOM = "lora_adapter_metadata", "cmlora.random"
 
 
-def save(target: Any, name: str, path: PathLike) -> None:
+def save(
+    target: Any,
+    name: str,
+    path: PathLike,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Writes one adapter, with its settings in the header; the file appears whole or not at all.
 
     Args:
         target: a model, or a pipeline: then all its adapted parts go into the file.
         name: of the adapter.
         path: of the file, ending in ``.safetensors``.
+        metadata: more strings for the header.
+        dtype: of the floating point tensors; as they are if not given.
 
     Raises:
         CmloraError: if there is no such adapter.
@@ -50,11 +58,14 @@ def save(target: Any, name: str, path: PathLike) -> None:
             continue
         front = f"{part}." if part else ""
         state = get_peft_model_state_dict(model, adapter_name=name)
-        tensors |= {front + key: tensor.cpu() for key, tensor in state.items()}
+        for key, tensor in state.items():
+            cast = dtype if tensor.is_floating_point() else None
+            tensors[front + key] = tensor.to("cpu", cast)
         settings |= {front + key: value for key, value in _plain(config.to_dict()).items()}
     if not tensors:
         raise CmloraError(f"there is no adapter {name!r} to write to {path}")
     header = {
+        **(metadata or {}),
         "format": "pt",
         "cmlora.name": name,
         _SETTINGS: json.dumps(settings, sort_keys=True),

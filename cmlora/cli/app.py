@@ -16,6 +16,7 @@ from cmlora.cli.convert import convert
 from cmlora.cli.cost import cost
 from cmlora.cli.doctor import doctor
 from cmlora.cli.env import env
+from cmlora.cli.extract import extract
 from cmlora.cli.generate import generate
 from cmlora.cli.inspect import inspect
 from cmlora.cli.merge import merge
@@ -23,6 +24,7 @@ from cmlora.cli.methods import methods
 from cmlora.cli.pack import pack
 from cmlora.cli.profile import profile
 from cmlora.cli.ui import ui
+from cmlora.cli.train import train
 from cmlora.cli.unpack import unpack
 from cmlora.errors import CmloraError
 
@@ -98,6 +100,8 @@ for command, panel in (
     (merge, FILES),
     (pack, FILES),
     (unpack, FILES),
+    (train, FILES),
+    (extract, FILES),
     (methods, STUDIES),
     (env, STUDIES),
 ):

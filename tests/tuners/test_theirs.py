@@ -101,6 +101,14 @@ def test_pissa_changes_the_base_for_good() -> None:
     assert torch.equal(run(model), base)
 
 
+def test_olora_changes_the_base_for_good() -> None:
+    model = unet()
+    base = run(model)
+    add(model, peft.LoraConfig(r=4, target_modules=LINEAR, init_lora_weights="olora"), "a", 0.1)
+    model.unload_lora()
+    assert (run(model) - base).abs().max() > 1e-3
+
+
 def test_dora_at_weight_zero_is_not_the_base() -> None:
     model = unet()
     base = run(model)
@@ -111,10 +119,97 @@ def test_dora_at_weight_zero_is_not_the_base() -> None:
     assert torch.equal(run(model), base)
 
 
-def test_vera_cannot_be_injected() -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("VeraConfig", {"r": 4}),
+        ("PveraConfig", {"r": 4}),
+        ("TinyLoraConfig", {"r": 2}),
+        ("VBLoRAConfig", {"r": 2, "num_vectors": 8, "vector_length": 8}),
+        ("UniLoraConfig", {"r": 2, "theta_d_length": 16}),
+        ("FrodConfig", {}),
+    ],
+)
+def test_layers_that_share_tensors_cannot_be_injected(name: str, options: dict[str, Any]) -> None:
+    config = getattr(peft, name)(target_modules=LINEAR, **options)
     with pytest.raises(ValueError, match="shared state"):
-        add(unet(), peft.VeraConfig(r=4, target_modules=LINEAR), "a")
+        add(unet(), config, "a")
+
+
+def test_ours_shares_by_seed() -> None:
     add(unet(), ours("vera"), "a")
+
+
+def test_fourierft_changes_the_start_and_has_no_strength() -> None:
+    model = unet()
+    base = run(model)
+    add(model, peft.FourierFTConfig(n_frequency=10, target_modules=LINEAR), "a")
+    assert (run(model) - base).abs().max() > 1e-4
+    with pytest.raises(AttributeError):
+        model.set_adapters("a", 0.5)
+
+
+def test_shira_knows_no_scale_of_a_call() -> None:
+    model = unet()
+    add(model, peft.ShiraConfig(r=2, target_modules=LINEAR), "a", 0.1)
+    model.set_adapters("a", 0.5)
+    with pytest.raises(AttributeError):
+        model(*INPUTS, return_dict=False, cross_attention_kwargs={"scale": 0.5})
+
+
+def test_adalora_does_not_come_back_to_its_strength() -> None:
+    model = unet()
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=LINEAR)
+    add(model, config, "a", 0.1)
+    first = run(model)
+    model.set_adapters("a", 0.5)
+    model.set_adapters("a", 1.0)
+    assert (run(model) - first).abs().max() > 1e-4
+    for name in bench.OPTIONS:
+        layer = bench.adapted(name)
+        before = bench.delta(layer)
+        layer.set_scale("a", 0.5)
+        layer.set_scale("a", 1.0)
+        assert torch.equal(bench.delta(layer), before), name
+
+
+def test_oft_with_a_short_series_is_no_rotation() -> None:
+    torch.manual_seed(0)
+    values = []
+    for exact in (True, False):
+        model = bench.Holder(bench.base("bare"))
+        config = peft.OFTConfig(
+            oft_block_size=4, target_modules=["layer"], use_cayley_neumann=not exact
+        )
+        bench.inject(model, config, "a")
+        layer: Any = model.layer
+        with torch.no_grad():
+            for parameter in layer.oft_R.parameters():
+                parameter.copy_(torch.randn(parameter.shape) * 0.5)
+        weight = layer.base_layer.weight.detach().clone()
+        layer.merge()
+        merged = layer.base_layer.weight.detach()
+        pair = [torch.linalg.svdvals(w.double()) for w in (weight, merged)]
+        values.append(float((pair[0] - pair[1]).abs().max() / pair[0].max()))
+    assert values[0] < 1e-4
+    assert values[1] > 1e-3
+    rotated = bench.adapted("oft", "bare")
+    weight = rotated.base_layer.weight.detach()
+    one, two = (torch.linalg.svdvals(w.double()) for w in (weight, weight + bench.delta(rotated)))
+    assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_diffusers_loads_no_file_of_another_tuner(tmp_path: Path) -> None:
+    model = unet()
+    add(model, ours("svfit"), "a", 0.1)
+    expected = run(model)
+    model.save_lora_adapter(tmp_path, "a")
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with quiet(), pytest.raises((IndexError, TypeError)):
+        unet().load_lora_adapter(tmp_path, weight_name=file.name, prefix=None)
+    other = unet()
+    store.load(other, file, "a")
+    assert torch.equal(run(other), expected)
 
 
 def test_randlora_takes_one_adapter_and_cannot_be_saved(tmp_path: Path) -> None:
@@ -140,6 +235,8 @@ def test_randlora_takes_one_adapter_and_cannot_be_saved(tmp_path: Path) -> None:
     [
         ("ia3", peft.IA3Config(target_modules=LINEAR, feedforward_modules=[])),
         ("miss", peft.MissConfig(r=4, target_modules=LINEAR)),
+        ("miss", peft.HRAConfig(r=4, target_modules=LINEAR)),
+        ("miss", peft.HiraConfig(r=4, target_modules=LINEAR)),
         ("oft", peft.OFTConfig(oft_block_size=4, target_modules=LINEAR)),
         ("boft", peft.BOFTConfig(boft_block_size=4, target_modules=LINEAR)),
     ],

@@ -1,0 +1,69 @@
+"""`cmlora extract`: what a training changed in a denoiser, as a LoRA."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cmlora.cli.console import emit, err, out
+from cmlora.cli.options import AsJson, Model
+from cmlora.errors import CmloraError
+
+
+def extract(
+    tuned: Annotated[
+        str, typer.Argument(help="Folder of the trained denoiser, or of a whole model.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--out", "-o", help="The .safetensors file.", show_default=False)
+    ],
+    rank: Annotated[int, typer.Option(min=1, help="Largest rank of a layer.")] = 16,
+    model: Model = "emoji",
+    trigger: Annotated[str, typer.Option(help="Word that calls the concept.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write the difference between a trained denoiser and its base as a LoRA of chosen rank.
+
+    What the rank cannot hold, and changes of norms and biases, are said as shares.
+
+    Example: [bold]cmlora extract cat_full/denoiser --rank 16 -o cat.safetensors[/bold]
+    """
+    from dataclasses import replace
+
+    from cmlora import files
+    from cmlora.adapters.training.conditioning import denoiser_of
+    from cmlora.adapters.training.extract import extract as difference
+    from cmlora.pipelines.models import open_pipeline
+
+    if output.suffix != ".safetensors":
+        raise CmloraError(f"{output} should end in .safetensors, which is what is written")
+    part, base = denoiser_of(open_pipeline(model))
+    found = difference(base, _opened(Path(tuned).expanduser(), part, base), rank, part, output.stem)
+    lora = replace(found.lora, triggers=(trigger,) if trigger else ())
+    files.write(lora, output)
+    if found.left:
+        err.print(
+            f"[yellow]warning:[/yellow] {len(found.left)} other parameters differ, "
+            f"{found.share:.1%} of the change: {found.left[0]}, ..."
+        )
+    facts: dict[str, Any] = {
+        "file": str(output),
+        "modules": len(lora.updates),
+        "relative_error": found.error,
+        "left": list(found.left),
+        "left_share": found.share,
+    }
+    if as_json:
+        emit(facts)
+        return
+    out.print(f"{output}: {len(lora.updates)} modules, relative error {found.error:.2e}")
+
+
+def _opened(folder: Path, part: str, base: Any) -> Any:
+    inner = folder / part if (folder / part).is_dir() else folder
+    if not (inner / "config.json").is_file():
+        raise CmloraError(f"{folder} is no folder of a denoiser: there is no config.json in it")
+    try:
+        return type(base).from_pretrained(inner, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise CmloraError(f"{folder} could not be loaded: {error}") from None
