@@ -59,6 +59,15 @@ MAPS = Layout()
 """Nothing to do."""
 
 
+def as_tensor(sample: Any) -> torch.Tensor | None:
+    """The denoiser's input (B, C, H, W); some models take a list of one tensor per picture."""
+    if isinstance(sample, list):
+        tensors = all(isinstance(each, torch.Tensor) for each in sample)
+        same = tensors and len({tensor.shape for tensor in sample}) == 1
+        return torch.stack(sample) if same else None
+    return sample if isinstance(sample, torch.Tensor) else None
+
+
 def layout(kind: Kind, sample: torch.Tensor | None, argument: Callable[[str], Any]) -> Layout:
     """The layout of a denoiser call.
 
@@ -67,7 +76,7 @@ def layout(kind: Kind, sample: torch.Tensor | None, argument: Callable[[str], An
         sample: what goes in.
         argument: gives the call's arguments by name, ``None`` for those it does not have.
     """
-    if kind.latent == "frames" and sample is not None and sample.ndim == 5:
+    if kind.latent != "tokens" and sample is not None and sample.ndim == 5:
         return Layout(frames=sample.shape[2])
     if kind.latent == "tokens" and sample is not None and sample.ndim == 3:
         grid = _of_shapes(argument("img_shapes")) or _of_ids(argument("img_ids"))

@@ -26,7 +26,16 @@ class _Row(NamedTuple):
     row: int
 
 
+class _Encoded(NamedTuple):
+    """A call of ``encode_prompt`` and the embeddings it gave, by the LoRAs that acted."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    known: dict[Names, list[torch.Tensor]]
+
+
 _Matches = Sequence[_Whole | _Row | None]
+_REMEMBERED = 8
 
 
 class Prompts:
@@ -79,9 +88,9 @@ class Prompts:
 
     def forget(self) -> None:
         """Drop all embeddings."""
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._known: dict[Names, list[torch.Tensor]] = {}
-        self._matches: dict[str, tuple[torch.Tensor, _Matches]] = {}
+        self._calls: list[_Encoded] = []
+        self._matches: dict[tuple[str, int], tuple[torch.Tensor, _Matches]] = {}
+        self._used = False
 
     def arguments(self, names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
         """The denoiser's arguments for a pass.
@@ -93,6 +102,7 @@ class Prompts:
         Raises:
             CmloraError: if the prompts' embeddings are not among them.
         """
+        self._used = True
         key = self._key(names)
         if not self._calls or key == self._key(self._weights):
             return dict(given)
@@ -112,20 +122,23 @@ class Prompts:
     def _encode(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the pipeline's ``encode_prompt``."""
         assert self._original is not None
-        if self._matches:  # a denoiser has seen what is there: this is another run's prompt
+        # who gives embeddings that were made before still needs that call
+        if self._used and next(_tensors([*args, *kwargs.values()]), None) is None:
             self.forget()
-        self._calls.append((args, kwargs))
         everybody = self._key(self._weights)
         result = self._speak(everybody, args, kwargs)
-        self._known.setdefault(everybody, []).extend(_tensors(result))
+        self._calls.append(_Encoded(args, kwargs, {everybody: list(_tensors(result))}))
+        del self._calls[:-_REMEMBERED]
+        self._matches.clear()
         return result
 
     def _embeddings(self, key: Names) -> list[torch.Tensor]:
         """What the text encoders make of the prompts with these LoRAs."""
-        if key not in self._known:
-            results = [self._speak(key, args, kwargs) for args, kwargs in self._calls]
-            self._known[key] = [tensor for result in results for tensor in _tensors(result)]
-        return self._known[key]
+        for call in self._calls:
+            if key not in call.known:
+                result = self._speak(key, call.args, call.kwargs)
+                call.known[key] = list(_tensors(result))
+        return [tensor for call in self._calls for tensor in call.known[key]]
 
     @torch.no_grad()
     def _speak(self, key: Names, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,7 +160,7 @@ class Prompts:
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             return value
         found = self._find(name, value)
-        if not any(found):
+        if not any(match is not None for match in found):
             return value
         self._found = True
         own = self._embeddings(key)
@@ -161,13 +174,14 @@ class Prompts:
 
     def _find(self, name: str, value: torch.Tensor) -> _Matches:
         """Which embedding an argument is, or each of its rows."""
-        seen = self._matches.get(name)
-        if seen is not None and seen[0] is value:
+        seen = self._matches.get((name, id(value)))
+        if seen is not None:  # it is held, so that its id is nobody else's
             return seen[1]
         references = self._embeddings(self._key(self._weights))
         whole = [_Whole(i) for i, each in enumerate(references) if _same(value, each)]
         found: _Matches = whole[:1] or [_row(row, references) for row in value]
-        self._matches[name] = (value, found)
+        if any(match is not None for match in found):
+            self._matches[name, id(value)] = (value, found)
         return found
 
 

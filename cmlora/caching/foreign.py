@@ -24,6 +24,43 @@ _APPLY = {
     "FasterCacheConfig": "apply_faster_cache",
 }
 _STARTED_BY = "current_timestep_callback"
+_NAMED = {
+    "first_block": ("FirstBlockCacheConfig", "threshold", float),
+    "taylorseer": ("TaylorSeerCacheConfig", "cache_interval", int),
+    "sea": ("SeaCacheConfig", "threshold", float),
+    "broadcast": ("PyramidAttentionBroadcastConfig", "spatial_attention_block_skip_range", int),
+    "faster": ("FasterCacheConfig", "spatial_attention_block_skip_range", int),
+}
+
+NAMES: tuple[str, ...] = tuple(_NAMED)
+"""diffusers' caches that can be asked for by text; MagCache needs numbers of the model."""
+
+
+def named(text: Any) -> Any:
+    """The configuration a text stands for, or ``None`` if it names none of diffusers' caches.
+
+    Args:
+        text: ``first_block``, ``first_block:0.1``, ``taylorseer:4``, ``sea:0.25``, ``broadcast:2``
+            or ``faster:2``; without a number diffusers' own default holds.
+
+    Raises:
+        CmloraError: if what follows the name is no such number.
+
+    >>> named("first_block:0.1").threshold, named("uniform:3")
+    (0.1, None)
+    """
+    if not isinstance(text, str):
+        return None
+    name, colon, value = text.strip().partition(":")
+    if name not in _NAMED:
+        return None
+    kind, parameter, number = _NAMED[name]
+    config = getattr(diffusers.hooks, kind)
+    try:
+        return config(**{parameter: number(value)}) if colon else config()
+    except ValueError:
+        example = "0.1" if number is float else "3"
+        raise CmloraError(f"cache {text!r}: write {name} or {name}:{example}") from None
 
 
 def is_config(value: Any) -> bool:
