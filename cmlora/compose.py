@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from torch import nn
 
-from cmlora import denoisers
+from cmlora import denoisers, relevance
 from cmlora.batching import Execution
+from cmlora.branches import Uncond, share_uncond
 from cmlora.caching.dit import DiTCache, Live
-from cmlora.caching.foreign import ForeignCache, is_config
-from cmlora.caching.policy import none, parse
+from cmlora.caching.foreign import ForeignCache, is_config, named
+from cmlora.caching.policy import none, parse, uniform
 from cmlora.caching.store import Store
 from cmlora.caching.unet import Cut, UNetCache
 from cmlora.engine import HOOK, CompositionHook
 from cmlora.errors import CmloraError
 from cmlora.hooks import Attachment, forget_children, hook_of
 from cmlora.members import check_loaded, described, unknown
-from cmlora.plan import Member, Policy, Role, Strategy
+from cmlora.plan import Member, Plan, Policy, Role, Step, Strategy
 from cmlora.prompts import Prompts
 from cmlora.run import Report, Run
+from cmlora.schedules.apply import scheduled
+from cmlora.schedules.parse import parse_schedule
+from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
+from cmlora.strategies.auto import choose
+from cmlora.strategies.klora import masses
 from cmlora.switching import AdapterSwitch
 from cmlora.tracker import StepTracker
 
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
 TextEncoder = Literal["all", "none", "per_lora"]
 
 _BASE = "naive"  # the method that uses no LoRA
+_STEPS = 30  # what "auto" expects a run to have when it chooses a cache
 
 
 class Composition:
@@ -41,9 +49,11 @@ class Composition:
     Made by `compose`.
     """
 
-    def __init__(self, run: Run, attached: ExitStack) -> None:
+    def __init__(self, run: Run, attached: ExitStack, reason: str = "") -> None:
         self._run = run
         self._attached = attached
+        self.reason = reason
+        """Why method "auto" chose what it chose; empty for any other method."""
 
     @property
     def report(self) -> Report:
@@ -79,6 +89,9 @@ def compose(
     text_encoder: TextEncoder = "all",
     text_weights: Mapping[str, float] | None = None,
     execution: Execution = "sequential",
+    schedule: str | Schedule = "",
+    uncond: Uncond = "per_lora",
+    prompt: str | None = None,
     **options: Any,
 ) -> Composition:
     """Compose LoRAs that are loaded in a diffusers pipeline.
@@ -112,6 +125,11 @@ def compose(
         text_weights: strengths in the text encoders, where they differ from those of `loras`.
         execution: "sequential" runs the passes of a step one after the other, "batched" those
             with one LoRA each as one batch, "auto" as many in one batch as there is memory for.
+        schedule: curves that multiply the strengths in the course of the run, by block if you
+            like, as text (see `cmlora.schedules.parse`) or as an object.
+        uncond: whether every LoRA makes an unconditional prediction of its own, or all use the
+            base model's ("shared"), which saves nearly half of a method with many passes.
+        prompt: what is going to be drawn, for methods that weigh LoRAs by it.
         options: options of the method.
 
     Raises:
@@ -127,9 +145,11 @@ def compose(
             )
     _check_choice("text_encoder", text_encoder, TextEncoder)
     _check_choice("execution", execution, Execution)
+    _check_choice("uncond", uncond, Uncond)
     label, strategy, chosen = _strategy(method, options)
-    foreign = cache if is_config(cache) else None
+    foreign = cache if is_config(cache) else named(cache)
     policy = none() if foreign is not None else parse(cache)
+    curves = parse_schedule(schedule) if isinstance(schedule, str) else schedule
     if policy.reuse or foreign is not None:
         _refuse_few_steps(pipe)
     encoders = [getattr(pipe, n, None) for n in denoisers.TEXT_ENCODERS]
@@ -138,7 +158,18 @@ def compose(
     composed = described(loras, members, roles or {}, profiles or {})
     everything = [*switches.values(), *text_switches]
     check_loaded(composed, everything, needed=label != _BASE)
-    weights = {member.name: member.weight for member in composed}
+    curves.check([member.name for member in composed])
+    if label == "klora":
+        composed = _weighed(models.values(), composed)
+    if prompt is not None:
+        composed = relevance.weighed(pipe, label, chosen, prompt, composed)
+    reason = ""
+    if label == "auto" and composed:
+        guess = choose(composed, _STEPS, cacheable=_cacheable(pipe, models.values()), **chosen)
+        if cache == "none":
+            policy = parse(guess.cache)
+        uncond, reason = guess.uncond if uncond == "per_lora" else uncond, guess.reason
+    weights = {m.name: m.weight * curves.text_factor(m.name) for m in composed}
     for name, weight in (text_weights or {}).items():
         if name not in weights:
             raise CmloraError(f"text_weights: {unknown(name, weights, 'composed')}")
@@ -154,7 +185,7 @@ def compose(
             text_switch.activate(spoken)
 
     run = Run(
-        strategy,
+        _arranged(strategy, curves, uncond),
         composed,
         policy,
         tracker=StepTracker(pipe),
@@ -185,7 +216,42 @@ def compose(
             forget_children(model)
         prepare()
         attached = stack.pop_all()
-    return Composition(run, attached)
+    return Composition(run, attached, reason)
+
+
+def _cacheable(pipe: Any, models: Iterable[nn.Module]) -> bool:
+    """Whether features of all denoisers of a pipeline can be reused."""
+    if denoisers.few_steps(pipe) is not None:
+        return False
+    try:
+        for model in models:
+            _cache(model, uniform(2), None)
+    except CmloraError:
+        return False
+    return True
+
+
+def _arranged(strategy: Strategy, curves: Schedule, uncond: Uncond) -> Strategy:
+    """The strategy with a schedule on it, and with one unconditional branch for all."""
+    inner = scheduled(strategy, curves) if curves.tracks else strategy
+    if uncond == "per_lora":
+        return inner
+
+    def shared(
+        step: Step, members: Sequence[Member], policy: Policy, *args: Any, **options: Any
+    ) -> Plan:
+        return share_uncond(inner(step, members, policy, *args, **options))
+
+    return shared
+
+
+def _weighed(models: Iterable[nn.Module], members: Sequence[Member]) -> tuple[Member, ...]:
+    """The members with the masses of their updates, over all denoisers."""
+    found: dict[str, dict[str, tuple[float, float]]] = {member.name: {} for member in members}
+    for model in models:
+        for name, modules in masses(model, list(found)).items():
+            found[name].update(modules)
+    return tuple(m if m.mass is not None else replace(m, mass=found[m.name]) for m in members)
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:

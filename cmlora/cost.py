@@ -5,7 +5,6 @@ and called once in full and once with a filled cache slot. Attention products ar
 LoRAs' own products are not: they add about rank * (I + O) per token and layer, a few percent.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -57,9 +56,9 @@ class PassCost:
         """Light over full."""
         return self.light / self.full
 
-    def of(self, full: Mapping[str, int], light: Mapping[str, int]) -> int:
-        """Multiply-accumulates of the calls counted by pass key."""
-        return sum(full.values()) * self.full + sum(light.values()) * self.light
+    def of(self, full: Mapping[str, float], light: Mapping[str, float]) -> int:
+        """Multiply-accumulates of the calls counted by pass key; half a call is on half a batch."""
+        return round(sum(full.values()) * self.full + sum(light.values()) * self.light)
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,14 @@ class RunCost:
     """What the plans of one run add up to.
 
     Args:
-        full: full calls per pass key.
-        light: light calls per pass key.
+        full: full calls per pass key; one on one branch of guidance is a half.
+        light: light calls per pass key, likewise.
         macs: multiply-accumulates of the run.
         steps: denoising steps.
     """
 
-    full: Mapping[str, int]
-    light: Mapping[str, int]
+    full: Mapping[str, float]
+    light: Mapping[str, float]
     macs: int
     steps: int
 
@@ -160,10 +159,11 @@ def plan_cost(plans: Sequence[Plan], full: int, light: int | None) -> RunCost:
     ({'a': 1}, {'a': 2}, 60.0)
     """
     calls = tally(plans)
-    fulls, lights = Counter(calls.full), Counter(calls.light)
+    fulls, lights = dict(calls.full), dict(calls.light)
     if light is None:
-        fulls, lights = fulls + lights, Counter()
-    macs = fulls.total() * full + lights.total() * (light or 0)
+        fulls = {key: fulls.get(key, 0) + lights.get(key, 0) for key in {**fulls, **lights}}
+        lights = {}
+    macs = PassCost(full, light or 0).of(fulls, lights)
     return RunCost(MappingProxyType(fulls), MappingProxyType(lights), macs, len(plans))
 
 

@@ -7,19 +7,20 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 
-from cmlora import outputs
+from cmlora import halves, outputs
 from cmlora.batching import Execution, Gauge, MixedBatch, Unbatchable, split
 from cmlora.caching.contexts import Contexts
+from cmlora.caching.store import FeatureCache
 from cmlora.denoisers import STEERING, Kind, kind
 from cmlora.errors import CmloraError
-from cmlora.latents import layout
-from cmlora.plan import Pass, Plan
+from cmlora.latents import as_tensor, layout
+from cmlora.plan import Pass, Plan, Strength, alike
 from cmlora.prompts import Prompts
 from cmlora.run import Report as Report
 from cmlora.run import Run
@@ -35,22 +36,6 @@ HOOK = "cmlora"
 _SAMPLE = ("sample", "hidden_states", "x")
 _TIMESTEP = ("timestep", "timesteps", "t")
 _WHOLE = 2**30
-
-
-class FeatureCache(Protocol):
-    """What a hook needs of a cache: one slot of features per key."""
-
-    def holds(self, key: Any) -> bool:
-        """Whether the slot is taken."""
-
-    def run(self, *keys: Any, reuse: bool, record: bool, at: int) -> AbstractContextManager[bool]:
-        """A context for passes that run as one batch; gives whether they are light."""
-
-    def discard(self, key: Any) -> None:
-        """Free a slot."""
-
-    def clear(self) -> None:
-        """Free all slots."""
 
 
 class _NoState(BaseState):  # type: ignore[misc]
@@ -82,6 +67,7 @@ class _Call(NamedTuple):
     tick: Tick
     context: CacheContext | None
     sample: torch.Tensor | None
+    guidance: float | None
 
 
 class CompositionHook(ModelHook):  # type: ignore[misc]
@@ -122,6 +108,8 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         self._kind = Kind("")
         self._positions: dict[str, int] = {}
         self._others: Contexts | None = None
+        self._kept: dict[_Slot, torch.Tensor] = {}
+        self._strengths: dict[_Slot, Mapping[str, Strength]] = {}
 
     @property
     def report(self) -> Report:
@@ -163,41 +151,70 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         """Run the plan of this call."""
         context = self._outer_context()
         tick = self._run.tick(self._argument(_TIMESTEP, args, kwargs), context, now)
-        sample = _as_tensor(self._argument(_SAMPLE, args, kwargs))
+        sample = as_tensor(self._argument(_SAMPLE, args, kwargs))
         maps = layout(self._kind, sample, lambda name: self._argument((name,), args, kwargs))
         latent = None if sample is None else maps.unpack(sample)
-        call = _Call(args, kwargs, tick, context, sample)
-        plan = self._run.plan(tick, latent, self._guidance(call))
+        call = _Call(args, kwargs, tick, context, sample, None)
+        call = call._replace(guidance=self._guidance(call))
+        plan = self._run.plan(tick, latent, call.guidance)
         if len(plan.passes) > 1 and kwargs.get("kv_cache_mode") is not None:
             raise CmloraError(
                 "kv_cache holds the keys and values of one LoRA; LoRAs cannot share it: use a "
                 "pipeline without it, or a method with one pass such as merge"
             )
-        results = self._results(plan, call)
+        slots = self._slots(plan, call)
+        results = self._results(plan, slots, call)
+        previous = self._keep(plan, slots, results) if plan.keep else None
         if plan.observe is not None and not tick.repeated and latent is not None:
             stacked = outputs.stack([outputs.leaf_tensor(result) for result in results])
             self._run.observed(plan.observe(latent, maps.unpack(stacked)))
-        return outputs.combine(results, plan, maps)
+        return outputs.combine(results, plan, maps, previous)
 
-    def _results(self, plan: Plan, call: _Call) -> list[Any]:
+    def _results(self, plan: Plan, slots: Sequence[_Slot], call: _Call) -> list[Any]:
         """The outputs of all passes, in their order."""
-        slots = self._slots(plan, call)
         if self._cache is not None and self._steered(call):
             for slot in slots:
                 self._cache.discard(slot)
+        doubled = call.guidance is not None
+        done = halves.sides(plan.passes, doubled=doubled, branch=call.tick.branch)
+        recalled = [
+            single.recall and {slot, slots[0]} <= self._kept.keys()
+            for single, slot in zip(plan.passes, slots, strict=True)
+        ]
+        wanted = [i for i, side in enumerate(done) if side and not recalled[i]]
         results: list[Any] = [None] * len(slots)
-        for group in self._groups(plan, slots, call):
+        for group in self._groups(plan, slots, call, wanted):
             chosen = [slots[i] for i in group]
             passes = [plan.passes[i] for i in group]
+            side = done[group[0]] or "both"
             if len(group) == 1:
-                results[group[0]] = self._one(passes[0], chosen[0], call)
+                results[group[0]] = self._one(passes[0], chosen[0], call, side)
             else:
-                for index, result in zip(group, self._many(passes, chosen, call), strict=True):
+                many = self._together(passes, chosen, call, side)
+                for index, result in zip(group, many, strict=True):
                     results[index] = result
         if self._cache is not None and _last(call.tick):
             for slot in slots:
                 self._cache.discard(slot)
+        ran = [None if again else side for side, again in zip(done, recalled, strict=True)]
+        results = halves.complete(results, ran)
+        for index, again in enumerate(recalled):
+            if again:
+                before, origin = self._kept[slots[index]], self._kept[slots[0]]
+                results[index] = outputs.moved(results[0], before - origin)
         return results
+
+    def _keep(
+        self, plan: Plan, slots: Sequence[_Slot], results: Sequence[Any]
+    ) -> torch.Tensor | None:
+        """Keep outputs for the next step; gives those of the step before in the same order."""
+        known = [self._kept.get(slot) for slot in slots]
+        rows = outputs.stack([outputs.leaf_tensor(result) for result in results])
+        branch = slots[0].branch
+        kept = {slot: row for slot, row in self._kept.items() if slot.branch != branch}
+        self._kept = {**kept, **dict(zip(slots, rows, strict=True))}
+        whole = [row for row in known if row is not None and row.shape == rows[0].shape]
+        return torch.stack(whole) if len(whole) == len(slots) else None
 
     def _slots(self, plan: Plan, call: _Call) -> list[_Slot]:
         """A slot per pass, never the same twice."""
@@ -205,14 +222,19 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         slots = []
         for single in plan.passes:
             loras = tuple(sorted(single.weights))
-            slots.append(_Slot(loras, seen[loras], call.tick.branch, _shape(call.sample)))
+            branch, shape = call.tick.branch, _shape(call.sample)
+            if call.guidance is not None and single.branch != "both":
+                shape = (shape[0] // 2, *shape[1:])
+            slots.append(_Slot(loras, seen[loras], branch, shape))
             seen[loras] += 1
         return slots
 
-    def _groups(self, plan: Plan, slots: Sequence[_Slot], call: _Call) -> list[list[int]]:
-        """Which passes run in one call."""
-        alone = [[index] for index in range(len(slots))]
-        if self._execution == "sequential" or len(slots) == 1:
+    def _groups(
+        self, plan: Plan, slots: Sequence[_Slot], call: _Call, wanted: Sequence[int]
+    ) -> list[list[int]]:
+        """Which of the wanted passes run in one call."""
+        alone = [[index] for index in wanted]
+        if self._execution == "sequential" or len(wanted) <= 1:
             return alone
         try:
             self._check_batching(plan, call)
@@ -222,11 +244,9 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             return alone
         device = next(iter(_tensors(call.sample)), torch.empty(0)).device
         most = _WHOLE if self._execution == "batched" else self._gauge.most(device)
-        light = [
-            self._cache is not None and single.may_reuse and self._cache.holds(slot)
-            for single, slot in zip(plan.passes, slots, strict=True)
-        ]
-        return self._mixed.groups(plan.passes, light, most)
+        light = [self._reusable(plan.passes[i], slots[i]) for i in wanted]
+        groups = self._mixed.groups([plan.passes[i] for i in wanted], light, most)
+        return [[wanted[i] for i in group] for group in groups]
 
     def _check_batching(self, plan: Plan, call: _Call) -> None:
         if self._others:
@@ -240,43 +260,73 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             raise Unbatchable("passes cannot be batched: the pictures have different sizes")
         self._mixed.check(sorted({name for single in plan.passes for name in single.weights}))
 
-    def _one(self, single: Pass, slot: _Slot, call: _Call) -> Any:
+    def _one(self, single: Pass, slot: _Slot, call: _Call, side: halves.Side) -> Any:
         """One pass through the original denoiser."""
         self._switch.activate(single.weights)
         args, kwargs = call.args, call.kwargs
         if self._prompts is not None:
             args, kwargs = (), self._prompts.arguments(slot.loras, self._named(call))
+        if side != "both" and call.sample is not None:
+            named = kwargs if self._prompts is not None else self._named(call)
+            args, kwargs = (), halves.take(self._kind, named, len(call.sample), side)
         measuring: AbstractContextManager[None] = nullcontext()
         if self._execution == "auto" and call.tick.fresh and call.sample is not None:
             measuring = self._gauge.measuring(call.sample.device)
-        with measuring, self._isolated(slot, call), self._cached([slot], single, call) as light:
-            self._run.count(single, light=light)
+        with measuring, self._isolated(slot, call), self._cached([slot], [single], call) as light:
+            self._run.count(single, light=light, side=side)
             return self.fn_ref.original_forward(*args, **_own(kwargs))
 
-    def _many(self, passes: Sequence[Pass], slots: Sequence[_Slot], call: _Call) -> list[Any]:
+    def _together(
+        self, passes: Sequence[Pass], slots: Sequence[_Slot], call: _Call, side: halves.Side
+    ) -> list[Any]:
+        """Several passes as one batch; one by one once the model has turned out to mix samples."""
+        try:
+            return self._many(passes, slots, call, side)
+        except Unbatchable:
+            if self._execution == "batched":
+                raise
+            self._execution = "sequential"
+            pairs = zip(passes, slots, strict=True)
+            return [self._one(single, slot, call, side) for single, slot in pairs]
+
+    def _many(
+        self, passes: Sequence[Pass], slots: Sequence[_Slot], call: _Call, side: halves.Side
+    ) -> list[Any]:
         """Several passes as one batch."""
         assert call.sample is not None
         batch, times = len(call.sample), len(passes)
+        named = halves.take(self._kind, self._named(call), batch, side)
+        batch = batch if side == "both" else batch // 2
         repeated = {
-            name: self._mixed.repeat(name, value, times, batch)
-            for name, value in self._named(call).items()
+            name: self._mixed.repeat(name, value, times, batch) for name, value in named.items()
         }
-        with self._mixed.names(passes, batch), self._cached(slots, passes[0], call) as light:
+        with self._mixed.names(passes, batch), self._cached(slots, passes, call) as light:
             output = self.fn_ref.original_forward(**_own(repeated))
         for single in passes:
-            self._run.count(single, light=light)
+            self._run.count(single, light=light, side=side)
         parts = split(outputs.leaf(output), times)
         return [outputs.replace_leaf(output, part) for part in parts]
 
     def _cached(
-        self, slots: Sequence[_Slot], single: Pass, call: _Call
+        self, slots: Sequence[_Slot], passes: Sequence[Pass], call: _Call
     ) -> AbstractContextManager[bool]:
         """Within the context the denoiser replays or records the slots' features."""
         if self._cache is None:
             return nullcontext(False)
         record = not (_last(call.tick) or self._steered(call))
-        at = call.tick.index
-        return self._cache.run(*slots, reuse=single.may_reuse, record=record, at=at)
+        reuse = all(map(self._reusable, passes, slots))
+        for slot, single in zip(slots, passes, strict=True):
+            if not alike(single.weights, self._strengths.get(slot, single.weights)):
+                self._cache.discard(slot)
+            if not reuse:
+                self._strengths[slot] = single.weights
+        return self._cache.run(*slots, reuse=reuse, record=record, at=call.tick.index)
+
+    def _reusable(self, single: Pass, slot: _Slot) -> bool:
+        """Whether a pass may be light: its slot holds features made with about its strengths."""
+        if self._cache is None or not (single.may_reuse and self._cache.holds(slot)):
+            return False
+        return alike(single.weights, self._strengths.get(slot, single.weights))
 
     def _isolated(self, slot: _Slot, call: _Call) -> AbstractContextManager[None]:
         """Give other caches on the denoiser a state of their own for every pass."""
@@ -294,6 +344,8 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
 
     def _forget(self) -> None:
         """Nothing of a run may reach into another one."""
+        self._kept.clear()
+        self._strengths.clear()
         if self._cache is not None:
             self._cache.clear()
 
@@ -345,15 +397,6 @@ def _last(tick: Tick) -> bool:
 
 def _tensors(sample: torch.Tensor | None) -> list[torch.Tensor]:
     return [] if sample is None else [sample]
-
-
-def _as_tensor(sample: Any) -> torch.Tensor | None:
-    """The denoiser's input (B, C, H, W); some models take a list of one tensor per picture."""
-    if isinstance(sample, list):
-        tensors = all(isinstance(each, torch.Tensor) for each in sample)
-        same = tensors and len({tensor.shape for tensor in sample}) == 1
-        return torch.stack(sample) if same else None
-    return sample if isinstance(sample, torch.Tensor) else None
 
 
 def _shape(sample: torch.Tensor | None) -> tuple[int, ...]:

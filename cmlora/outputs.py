@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from cmlora.latents import MAPS, Layout
-from cmlora.plan import Plan
+from cmlora.plan import Combine, Compare, Plan
 
 
-def combine(outputs: Sequence[Any], plan: Plan, maps: Layout = MAPS) -> Any:
+def combine(
+    outputs: Sequence[Any], plan: Plan, maps: Layout = MAPS, previous: torch.Tensor | None = None
+) -> Any:
     """One denoiser output from the outputs of a plan's passes.
 
     Sums run in fp32 (or wider) over the passes sorted by key, whatever the order of the passes,
@@ -24,14 +26,18 @@ def combine(outputs: Sequence[Any], plan: Plan, maps: Layout = MAPS) -> Any:
             diffusers output with a ``sample``, or a list of one tensor per picture.
         plan: says how to combine them.
         maps: makes maps (B, C, H, W) of the tensors for a plan that combines by a function.
+        previous: the outputs of the step before, (P, B, ...), for a plan that compares.
 
     Raises:
         ValueError: if a combining function returns another shape.
     """
     leaves = [leaf(output) for output in outputs]
-    if isinstance(plan.combine, tuple):
+    rule = plan.combine
+    if plan.compare is not None:
+        rule = _against(plan.compare, None if previous is None else maps.unpack(previous))
+    if isinstance(rule, tuple):
         order = sorted(range(len(outputs)), key=lambda i: _order(plan, i))
-        terms = [(plan.combine[i], leaves[i]) for i in order if plan.combine[i] != 0.0]
+        terms = [(rule[i], leaves[i]) for i in order if rule[i] != 0.0]
         if len(terms) == 1 and terms[0][0] == 1.0:
             result = terms[0][1]
         elif isinstance(leaves[0], list):
@@ -42,13 +48,18 @@ def combine(outputs: Sequence[Any], plan: Plan, maps: Layout = MAPS) -> Any:
         return replace_leaf(outputs[0], result)
     if isinstance(leaves[0], list) and len({each.shape for each in leaves[0]}) > 1:
         parts = [stack([value[i].unsqueeze(0) for value in leaves]) for i in range(len(leaves[0]))]
-        result = [_checked(plan.combine(part), part, leaves[0][0])[0] for part in parts]
+        result = [_checked(rule(part), part, leaves[0][0])[0] for part in parts]
         return replace_leaf(outputs[0], result)
     stacked = stack([leaf_tensor(output) for output in outputs])
     unpacked = maps.unpack(stacked)
     like = leaf_tensor(outputs[0])
-    mixed = maps.pack(_checked(plan.combine(unpacked), unpacked, like), like)
+    mixed = maps.pack(_checked(rule(unpacked), unpacked, like), like)
     return replace_leaf(outputs[0], list(mixed) if isinstance(leaves[0], list) else mixed)
+
+
+def _against(compare: Compare, before: torch.Tensor | None) -> Combine:
+    """A comparison with known outputs as a function of the new ones alone."""
+    return lambda outputs: compare(outputs, before)
 
 
 def weighted_sum(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
@@ -69,6 +80,13 @@ def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Outputs (B, ...) of P passes as one tensor (P, B, ...) in fp32 or wider."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.stack([tensor.to(wide) for tensor in tensors])
+
+
+def moved(output: Any, distance: torch.Tensor) -> Any:
+    """An output with something added to the tensor inside, computed in fp32 or wider."""
+    tensor = leaf_tensor(output)
+    value = (tensor.to(distance.dtype) + distance).to(tensor.dtype)
+    return replace_leaf(output, list(value) if isinstance(leaf(output), list) else value)
 
 
 def leaf(output: Any) -> Any:

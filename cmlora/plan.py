@@ -123,10 +123,32 @@ Combine = Callable[["Tensor"], "Tensor"]
 """Stacked raw outputs (P, B, C, H, W), in the order of the passes, to one output (B, C, H, W)."""
 
 
+def alike(one: Mapping[str, Strength], other: Mapping[str, Strength]) -> bool:
+    """Whether features computed with some strengths may stand for those with others.
+
+    They may if no LoRA's strength differs by more than a tenth, in any part of the denoiser.
+
+    >>> alike({"a": 1.0}, {"a": 0.95}), alike({"a": 1.0}, {"a": 0.5})
+    (True, False)
+    """
+    if one.keys() != other.keys():
+        return False
+    return all(_near(strength, other[name]) for name, strength in one.items())
+
+
+def _near(one: Strength, other: Strength) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        same = [p for p, _ in one] == [p for p, _ in other]
+        return same and all(_near(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
+    if isinstance(one, tuple) or isinstance(other, tuple):
+        return False
+    return abs(one - other) <= 0.1 * max(abs(one), abs(other)) + 1e-9
+
+
 class Compare(Protocol):
     """The same with the stacked outputs of the step before, or ``None`` if there are none."""
 
-    def __call__(self, outputs: Tensor, previous: Tensor | None) -> Tensor: ...
+    def __call__(self, outputs: Tensor, previous: Tensor | None, /) -> Tensor: ...
 
 
 Observe = Callable[["Tensor", "Tensor"], Mapping[str, float]]

@@ -24,7 +24,7 @@ class Report:
     Args:
         method: the method's name.
         steps: denoising steps carried out.
-        calls: passes of the denoiser, full and light.
+        calls: passes of the denoiser, full and light; one on one branch of guidance is a half.
         full: full passes by `Pass.key`.
         light: passes that reused a cached feature, by `Pass.key`.
         seconds: wall time from the first denoiser call to the end of the last one.
@@ -33,9 +33,9 @@ class Report:
 
     method: str
     steps: int = 0
-    calls: int = 0
-    full: Mapping[str, int] = field(default_factory=dict)
-    light: Mapping[str, int] = field(default_factory=dict)
+    calls: float = 0
+    full: Mapping[str, float] = field(default_factory=dict)
+    light: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     macs: int | None = None
 
@@ -151,9 +151,10 @@ class Run:
         """Keep what a plan measured for later steps."""
         self._observed = (*self._observed, values)
 
-    def count(self, single: Pass, *, light: bool) -> None:
-        """Note a pass."""
-        (self._light if light else self._full)[single.key] += 1
+    def count(self, single: Pass, *, light: bool, side: str = "both") -> None:
+        """Note a pass; one on one half of a batch counts one half."""
+        share: Any = 1 if side == "both" else 0.5
+        (self._light if light else self._full)[single.key] += share
 
     def stop(self, now: float) -> None:
         """Note the end of a call."""

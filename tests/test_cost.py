@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from cmlora.branches import share_uncond
 from cmlora.caching.unet import Cut
 from cmlora.cost import KNOWN, PassCost, pass_macs, plan_cost, shapes
 from cmlora.errors import CmloraError
-from cmlora.plan import Pass, Plan
+from cmlora.plan import Member, Pass, Plan
+from cmlora.strategies import schedule
 
 GIGA = 1e9
 
@@ -143,3 +145,14 @@ def test_slots_are_not_shared_between_loras() -> None:
     assert cost.full == {"a": 1, "b": 1}
     assert cost.light == {"a": 1, "b": 1}
     assert cost.macs == 22
+
+
+def test_a_shared_unconditional_branch_saves_nearly_half() -> None:
+    members = [Member(f"lora{i}") for i in range(5)]
+    plans = schedule("composite", members, 50)
+    alone = plan_cost(plans, 100, None)
+    shared = plan_cost([share_uncond(plan) for plan in plans], 100, None)
+    assert alone.per_step == 500
+    assert shared.per_step == 300  # six halves
+    kept = plan_cost(schedule("delta", members, 50, every=1), 100, None)
+    assert kept.per_step == (49 * 2 + 7) * 100 / 50

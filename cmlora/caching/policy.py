@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from cmlora.errors import CmloraError
-from cmlora.plan import Plan, Policy
+from cmlora.plan import Plan, Policy, Strength, alike
 from cmlora.registry import Entry, Registry
 
 
@@ -332,19 +332,24 @@ class Tally(NamedTuple):
 def tally(plans: Sequence[Plan]) -> Tally:
     """Full and light calls of a whole run, with one cache slot per pass as the engine keeps them.
 
-    A pass that may reuse is light only if an earlier step has filled its slot: the first turn of
-    every LoRA is full whatever the policy says. A call on one branch of guidance counts one half.
-    A recalled pass is no call if its output was kept at the step before.
+    A pass that may reuse is light only if an earlier step has filled its slot, with about the same
+    strengths: the first turn of every LoRA is full whatever the policy says. A call on one branch
+    of guidance counts one half. A recalled pass is no call if its output was kept at the step
+    before.
     """
     full: Counter[str] = Counter()
     light: Counter[str] = Counter()
     kept: frozenset[str] = frozenset()
+    recorded: dict[str, Mapping[str, Strength]] = {}
     for plan in plans:
         for item in plan.passes:
             if item.recall and {item.key, plan.passes[0].key} <= kept:
                 continue
             share: Any = 1 if item.branch == "both" else 0.5
-            (light if item.may_reuse and full[item.key] else full)[item.key] += share
+            reused = item.may_reuse and full[item.key] and alike(item.weights, recorded[item.key])
+            (light if reused else full)[item.key] += share
+            if not reused:
+                recorded[item.key] = item.weights
         kept = frozenset(item.key for item in plan.passes) if plan.keep else frozenset()
     return Tally(dict(+full), dict(light))
 

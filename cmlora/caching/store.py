@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
+
+
+class FeatureCache(Protocol):
+    """What a hook needs of a cache: one slot of features per key."""
+
+    def holds(self, key: Any) -> bool:
+        """Whether the slot is taken."""
+
+    def run(self, *keys: Any, reuse: bool, record: bool, at: int) -> AbstractContextManager[bool]:
+        """A context for passes that run as one batch; gives whether they are light."""
+
+    def discard(self, key: Any) -> None:
+        """Free a slot."""
+
+    def clear(self) -> None:
+        """Free all slots."""
 
 
 class Store:

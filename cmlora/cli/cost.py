@@ -25,6 +25,7 @@ def cost(
         bool, typer.Option("--guided/--no-guided", help="With classifier-free guidance.")
     ] = True,
     cut: options.Cut = "",
+    uncond: options.Uncond = "per_lora",
     as_json: options.AsJson = False,
 ) -> None:
     """Count multiply-accumulates per method, attention included; no weights are loaded.
@@ -33,6 +34,8 @@ def cost(
     """
     if loras < 1 or steps < 1:
         raise CmloraError("--loras and --steps are at least 1")
+    if uncond not in ("per_lora", "shared"):
+        raise CmloraError(f"--uncond {uncond}: per_lora or shared")
     with status("counting"):
         result = estimate(
             model,
@@ -42,6 +45,7 @@ def cost(
             size=arguments.size(size) if size else None,
             batch=2 if guided else 1,
             cut=arguments.cut(cut),
+            uncond=uncond,
         )
     if as_json:
         emit(result)
@@ -69,8 +73,10 @@ def estimate(
     size: tuple[int, int] | None,
     batch: int,
     cut: tuple[int, int] | None,
+    uncond: str = "per_lora",
 ) -> dict[str, Any]:
     """The command's result: the two passes, and per method what a run adds up to."""
+    from cmlora.branches import share_uncond
     from cmlora.caching.policy import parse
     from cmlora.caching.unet import Cut
     from cmlora.cost import pass_macs, plan_cost, shapes
@@ -89,6 +95,8 @@ def estimate(
     for variant in read(words or USUAL):
         found = {"coefficients": (1.0,) * loras} if variant.method == "lorahub" else {}
         plans = schedule(variant.method, members, steps, parse(variant.cache), **found)
+        if uncond == "shared" and batch == 2:
+            plans = tuple(map(share_uncond, plans))
         run = plan_cost(plans, one.full, one.light if parse(variant.cache).reuse else None)
         counted = {"full": sum(run.full.values()), "light": sum(run.light.values())}
         rows.append({"label": variant.label, **counted, "macs_per_step": run.per_step})

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
+from cmlora.branches import Uncond
 from cmlora.frequency.order import phases, single_phase
 from cmlora.plan import Member, Plan, Policy, Step
 from cmlora.strategies._passes import by_name
@@ -36,7 +37,7 @@ class Choice:
         method: a name from `cmlora.strategies.METHODS`.
         options: of the method.
         cache: text of a cache policy.
-        uncond: ``shared`` or ``per_lora``, see `cmlora.branches`.
+        uncond: ``shared`` or ``per_lora``, see `cmlora.branches.share_uncond`.
         order: names in the order of their turns.
         weights: factors on the user's strengths, by name; those that are not 1.
         reason: one line.
@@ -45,7 +46,7 @@ class Choice:
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     cache: str = "none"
-    uncond: str = "per_lora"
+    uncond: Uncond = "per_lora"
     order: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""

@@ -13,7 +13,10 @@ from tests import tiny
 
 NAMES = ["a", "b", "c"]
 STEPS = 6
-OPTIONS: dict[str, dict[str, Any]] = {"lorahub": {"coefficients": (0.5, 1.0, -0.5)}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lorahub": {"coefficients": (0.5, 1.0, -0.5)},
+    "auto": {"budget": 9.0},  # enough for select without a cache
+}
 with_loras = pytest.mark.parametrize("method", [method for method in METHODS if method != "naive"])
 
 
@@ -60,7 +63,7 @@ def test_every_method_makes_another_picture(pipe: Any) -> None:
     """But for those that differ only by what nobody has measured here."""
     alike = [
         {"switch", "switch_a", "w_switch", "freeswitch"},
-        {"merge", "auto"},
+        {"select", "auto"},
         {"composite", "w_composite"},
     ]
     roles: Any = {"a": "low"}
@@ -80,7 +83,7 @@ def test_every_method_makes_another_picture(pipe: Any) -> None:
 def test_with_profiles_the_order_of_the_loras_makes_no_difference(
     pipe: Any, method: str, cache: str
 ) -> None:
-    if method in ("switch", "w_switch"):
+    if method in ("switch", "w_switch", "freeswitch"):
         pytest.skip("the order of the turns is the user's")
     members = [
         Member(name, frequency=0.3 * i, category="style" if i == 2 else None)
@@ -105,7 +108,7 @@ def test_the_report_is_the_tally_of_the_schedule(pipe: Any, method: str, cache: 
     members = [Member(name) for name in NAMES]
     counted = tally(schedule(method, members, STEPS, parse(cache), **options))
     if method == "klora":  # which LoRAs a pass has depends on their weights
-        assert sum(composition.report.full.values()) == sum(counted.full.values())
+        assert composition.report.calls == STEPS
         return
     assert dict(composition.report.full) == counted.full
     assert dict(composition.report.light) == counted.light
