@@ -242,7 +242,8 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             if self._execution == "batched":
                 raise
             return alone
-        device = next(iter(_tensors(call.sample)), torch.empty(0)).device
+        assert call.sample is not None  # checked above
+        device = call.sample.device
         most = _WHOLE if self._execution == "batched" else self._gauge.most(device)
         light = [self._reusable(plan.passes[i], slots[i]) for i in wanted]
         groups = self._mixed.groups([plan.passes[i] for i in wanted], light, most)
@@ -286,8 +287,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             if self._execution == "batched":
                 raise
             self._execution = "sequential"
-            pairs = zip(passes, slots, strict=True)
-            return [self._one(single, slot, call, side) for single, slot in pairs]
+            return [self._one(p, s, call, side) for p, s in zip(passes, slots, strict=True)]
 
     def _many(
         self, passes: Sequence[Pass], slots: Sequence[_Slot], call: _Call, side: halves.Side
@@ -393,10 +393,6 @@ def _own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _last(tick: Tick) -> bool:
     """Whether features of this call are of no use to a later one."""
     return tick.index == tick.count - 1
-
-
-def _tensors(sample: torch.Tensor | None) -> list[torch.Tensor]:
-    return [] if sample is None else [sample]
 
 
 def _shape(sample: torch.Tensor | None) -> tuple[int, ...]:

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from cmlora import denoisers
+from cmlora.batching import Execution
+from cmlora.branches import Uncond
+from cmlora.caching.dit import Live
 from cmlora.caching.unet import Cut
 from cmlora.compose import TextEncoder, compose
 from cmlora.engine import Report
@@ -20,6 +24,7 @@ from cmlora.pipelines import library
 from cmlora.pipelines.models import fingerprint
 from cmlora.plan import Member, Policy, Role, Strategy
 from cmlora.recipe import image_seed
+from cmlora.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,12 @@ class Ensemble:
                 triggers=lora.applied.triggers,
             )
             if lora.profile is not None and math.isfinite(lora.profile.frequency):
-                measured = lora.profile.frequency, lora.profile.window
-                member = replace(member, frequency=measured[0], window=measured[1])
+                member = replace(
+                    member,
+                    frequency=lora.profile.frequency,
+                    window=lora.profile.window,
+                    importance=lora.profile.importance,
+                )
             found.append(member)
         return tuple(found)
 
@@ -156,8 +165,13 @@ class Ensemble:
         lora_weights: Mapping[str, float] | Sequence[float] | None = None,
         members: Sequence[Member] | None = None,
         cache: str | Policy | None = None,
-        cut: Cut | None = None,
+        cut: Cut | Live | tuple[int, int] | None = None,
         text_encoder: TextEncoder = "all",
+        text_weights: Mapping[str, float] | None = None,
+        execution: Execution = "sequential",
+        lora_scale: float | None = None,
+        schedule: str | Schedule = "",
+        uncond: Uncond = "per_lora",
         composition_options: Mapping[str, Any] | None = None,
         seed: int | Sequence[int] | None = None,
         **kwargs: Any,
@@ -172,9 +186,17 @@ class Ensemble:
             lora_weights: see `weights`.
             members: the same LoRAs described otherwise than by `members`.
             cache: a cache policy such as ``none``, ``uniform:3``, ``nonuniform``; by default
-                ``nonuniform`` for cmlora on a UNet and ``none`` otherwise.
-            cut: where the cache cuts the UNet; the family's default if not given.
-            text_encoder: whether the LoRAs' text encoder parts are used, ``all`` or ``none``.
+                ``nonuniform`` for cmlora on a model whose features can be reused and ``none``
+                otherwise.
+            cut: what stays live when features are reused; the family's default if not given.
+            text_encoder: how the LoRAs' text encoder parts are used: ``all``, ``none`` or
+                ``per_lora``; see `cmlora.compose.compose`.
+            text_weights: strengths in the text encoders, where they differ.
+            execution: ``sequential``, ``batched`` or ``auto``.
+            lora_scale: multiplies the strength of all LoRAs in the denoiser, whatever the family
+                calls the argument for it.
+            schedule: curves that multiply the strengths, see `cmlora.compose.compose`.
+            uncond: ``per_lora`` or ``shared``, see `cmlora.compose.compose`.
             composition_options: the method's own options.
             seed: of the call; picture i starts from `cmlora.recipe.image_seed(seed, i)`, the first
                 one from the seed itself. Or one seed per picture. A picture depends on its own
@@ -188,6 +210,10 @@ class Ensemble:
             CmloraError: for an unknown method or option, or LoRAs that are not loaded.
         """
         weights = self.weights(lora_weights)
+        if lora_scale is not None:
+            model = next(iter(denoisers.find(self.pipe).values()))
+            name = denoisers.kind(model).scale
+            kwargs[name] = {**(kwargs.get(name) or {}), "scale": lora_scale}
         if seed is not None:
             if kwargs.get("generator") is not None:
                 raise CmloraError("give either seed or generator, not both")
@@ -200,6 +226,11 @@ class Ensemble:
             cut=cut,
             members=self.members(weights) if members is None else members,
             text_encoder=text_encoder,
+            text_weights=text_weights,
+            execution=execution,
+            schedule=schedule,
+            uncond=uncond,
+            prompt=prompt if isinstance(prompt, str) else None,
             **composition_options or {},
         ) as active:
             output = call(prompt, *args, **kwargs)
@@ -224,7 +255,8 @@ def _pictures(prompt: Any, kwargs: Mapping[str, Any]) -> int:
     """How many pictures a call makes."""
     embeds = kwargs.get("prompt_embeds")
     prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
-    return prompts * int(kwargs.get("num_images_per_prompt") or 1)
+    each = kwargs.get("num_images_per_prompt") or kwargs.get("num_videos_per_prompt") or 1
+    return prompts * int(each)
 
 
 def _generators(seed: int | Sequence[int], pictures: int) -> list[torch.Generator]:

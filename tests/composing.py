@@ -47,7 +47,7 @@ def together(step: Step, members: Sequence[Member], policy: Policy) -> Plan:
 def state(pipe: Any) -> list[Any]:
     """Everything a composition could leave behind, as comparable values."""
     found: list[Any] = []
-    for component in ("unet", "text_encoder", "text_encoder_2"):
+    for component in ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2"):
         model = getattr(pipe, component, None)
         for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
             attributes = {

@@ -185,3 +185,31 @@ def test_a_deleted_lora_stays_deleted() -> None:
     switch.restore(snapshot)
     assert AdapterSwitch(model).names == ("a", "b")
     assert all("c" not in layer.scaling for layer in layers(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("direct", [True, False])
+def test_strengths_per_block_reach_exactly_the_named_layers(direct: bool) -> None:
+    reference, model = net(), net()
+    switch = AdapterSwitch(model, direct=direct)
+    for layer, active in zip(layers(reference), (["c"], ["a", "b"], ["b", "c"]), strict=True):
+        layer.set_adapter(active, inference_mode=True)
+    reference.second.set_scale("a", 0.5)  # type: ignore[operator]
+    reference.first.set_scale("c", 2.0)  # type: ignore[operator]
+    reference.conv.set_scale("c", 0.25)  # type: ignore[operator]
+    switch.activate({"a": (("sec", 0.5),), "b": 1.0, "c": (("^first$", 2.0), ("", 0.25))})
+    assert torch.equal(model(X), reference(X))
+    switch.activate({"a": 1.0})
+    for layer in layers(reference):
+        layer.set_adapter(["a"], inference_mode=True)
+        if "a" in layer.scaling:
+            layer.set_scale("a", 1.0)
+    assert torch.equal(model(X), reference(X))
+
+
+def test_patterns_that_match_nothing_are_named() -> None:
+    switch = AdapterSwitch(net())
+    with pytest.raises(CmloraError, match="a: no layer matches 'third'; it acts in first, second"):
+        switch.activate({"a": (("first", 1.0), ("third", 0.5))})
+    with pytest.raises(CmloraError, match="is no regular expression"):
+        switch.activate({"a": (("(", 1.0),)})

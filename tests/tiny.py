@@ -199,13 +199,29 @@ def add_loras(
         parts += [(getattr(pipe, n), TEXT_TARGETS) for n in encoders if hasattr(pipe, n)]
     for name in names:
         for model, targets in parts:
-            config = LoraConfig(r=rank, lora_alpha=3, target_modules=list(targets))
-            model.add_adapter(config, adapter_name=name)
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            for key, parameter in model.named_parameters():
-                if f".{name}." in key:
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.data.copy_(0.2 * noise)
+            adapt(model, [name], targets, rank=rank, seed=seed)
+
+
+def adapt(
+    model: Any, names: Iterable[str], targets: Iterable[str], *, rank: int = 4, seed: int = 0
+) -> None:
+    """The same for one model.
+
+    Args:
+        model: with diffusers' or transformers' ``add_adapter``.
+        names: adapter names.
+        targets: endings of the names of the layers to adapt.
+        rank: of every update.
+        seed: of the weights.
+    """
+    for name in names:
+        config = LoraConfig(r=rank, lora_alpha=3, target_modules=list(targets))
+        model.add_adapter(config, adapter_name=name)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data.copy_(0.2 * noise)
 
 
 def latents(batch: int = 1, *, channels: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:

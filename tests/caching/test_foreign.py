@@ -17,7 +17,8 @@ from diffusers.hooks.hooks import CacheContext
 
 from cmlora import hooks
 from cmlora.caching.contexts import Contexts
-from cmlora.caching.foreign import ForeignCache
+from cmlora.caching.foreign import NAMES as NAMES_OF_CACHES
+from cmlora.caching.foreign import ForeignCache, is_config, named
 from cmlora.compose import compose
 from cmlora.errors import CmloraError
 from tests import families
@@ -45,8 +46,8 @@ CASES = [
     ("flux", BROADCAST),
     ("flux", FASTER),
     ("qwen", FIRST_BLOCK),
-    ("sd3", FIRST_BLOCK),
-    ("zimage", FIRST_BLOCK),
+    ("sd3", TAYLOR),
+    ("zimage", BROADCAST),
     ("flux2", MAG),
     ("wan", SEA),
 ]
@@ -125,8 +126,11 @@ def test_every_lora_has_a_state_of_its_own(name: str, config: Any) -> None:
 
 def test_a_whole_pipeline_with_a_cache_that_it_does_not_know() -> None:
     zimage = families.family("zimage")
-    with compose(zimage.pipe, NAMES, method="composite", cache=FirstBlockCacheConfig(1e-9)):
+    never = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=1)
+    with compose(zimage.pipe, NAMES, method="composite", cache=never):
         exact = zimage.run()
+    with compose(zimage.pipe, NAMES, method="composite", cache=BROADCAST):
+        assert not torch.allclose(zimage.run(), exact, atol=1e-4)
     with compose(zimage.pipe, NAMES, method="composite"):
         torch.testing.assert_close(zimage.run(), exact, rtol=1e-4, atol=1e-4)
 
@@ -201,3 +205,19 @@ def test_caches_that_do_not_fit_are_named() -> None:
             compose(flux.pipe, NAMES, cache=TAYLOR)
     finally:
         flux.pipe.transformer.disable_cache()
+
+
+def test_caches_by_text() -> None:
+    for name in NAMES_OF_CACHES:
+        assert is_config(named(name))
+    assert named("taylorseer:4").cache_interval == 4
+    assert named("nonuniform") is None
+    with pytest.raises(CmloraError, match=r"write first_block or first_block:0\.1"):
+        named("first_block:often")
+    flux = families.family("flux")
+    results = []
+    for cache in ("first_block:10", FIRST_BLOCK, "none"):
+        with compose(flux.pipe, NAMES, method="composite", cache=cache):
+            results.append(flux.run())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
