@@ -13,6 +13,7 @@ from cmlora.adapters.training.parts import Parts
 from cmlora.adapters.training.quartet import QuartetLinear
 from cmlora.adapters.tuners import dylora, lora_sb, maestro, snella
 from cmlora.adapters.tuners.dylora import DyloraLayer
+from cmlora.errors import CmloraError
 
 Gradients = dict[str, dict[str, Tensor]]
 """By part and layer, averages over a few batches."""
@@ -66,9 +67,16 @@ class Hook:
 
 
 class Prime(Hook):
-    """LoRA-SB's start: the factors of the first step of full training."""
+    """LoRA-SB's start: the factors of the first step of full training.
 
-    samples = 50
+    Args:
+        parts: what is trained.
+        samples: batches whose gradients are averaged.
+    """
+
+    def __init__(self, parts: Parts, samples: int = 50) -> None:
+        super().__init__(parts)
+        self.samples = samples
 
     def begin(self, gradients: Gradients, rate: float) -> None:
         for part, model in self.parts.models.items():
@@ -192,20 +200,16 @@ class Prune(Hook):
 
     Args:
         parts: what is trained.
-        every: how many.
-        energy: see `cmlora.adapters.compression.trp.prune`.
         weight: of the nuclear norm.
     """
 
-    def __init__(
-        self, parts: Parts, every: int = 20, energy: float = 0.98, weight: float = 3e-4
-    ) -> None:
+    def __init__(self, parts: Parts, weight: float = 3e-4) -> None:
         super().__init__(parts)
-        self.every, self.energy, self.weight = every, energy, weight
+        self.weight = weight
 
     def after_backward(self, step: int) -> None:
-        if (step + 1) % self.every == 0:
-            prune(self.parts.denoiser, self.energy, self.weight)
+        if (step + 1) % self.settings.trp_every == 0:
+            prune(self.parts.denoiser, self.settings.trp_energy, self.weight)
 
 
 class Reseed(Hook):
@@ -217,7 +221,7 @@ class Reseed(Hook):
                 layer.random.manual_seed(int(torch.randint(2**62, (), generator=random)))
 
 
-HOOKS: dict[str, Callable[[Parts], Hook]] = {
+HOOKS: dict[str, Callable[..., Hook]] = {
     "lora_sb": Prime,
     "dylora": DrawRank,
     "maestro": DrawLayer,
@@ -228,7 +232,15 @@ HOOKS: dict[str, Callable[[Parts], Hook]] = {
 
 def hooks_of(parts: Parts) -> list[Hook]:
     """The hooks that the settings ask for."""
-    made = [] if parts.alone else [HOOKS[n](parts) for n in (parts.settings.tuner,) if n in HOOKS]
+    made: list[Hook] = []
+    options = parts.settings.hook_options
+    if parts.settings.tuner in HOOKS and not parts.alone:
+        try:
+            made.append(HOOKS[parts.settings.tuner](parts, **options))
+        except TypeError as error:
+            raise CmloraError(f"train: hook_options do not fit: {error}") from None
+    elif options:
+        raise CmloraError(f"train: {parts.settings.tuner} takes no hook_options")
     if parts.settings.optim == "lora_pro":
         made.append(Pairs(parts))
     if parts.settings.base_format == "quartet":

@@ -59,10 +59,15 @@ class Parts:
         self.denoiser = denoiser
         self.models: dict[str, nn.Module] = {}
         self.layers: dict[str, list[str]] = {}
+        self.targets: dict[str, list[str]] = {}
         everything = {part: denoiser, **text_encoders_of(pipe)}
         for model in everything.values():
-            if settings.name in getattr(model, "peft_config", {}):
-                raise CmloraError(f"train: the model has an adapter {settings.name!r} already")
+            others = sorted(getattr(model, "peft_config", {}))
+            if others:
+                raise CmloraError(
+                    f"train: the model has an adapter {others[0]!r} already; take it out first, "
+                    "for example with pipe.unload_lora_weights()"
+                )
         for name, model in everything.items():
             model.requires_grad_(False)
             wanted = settings.targets if name == part else settings.text_targets
@@ -71,6 +76,7 @@ class Parts:
             elif wanted:
                 self.models[name] = model
                 self.layers[name] = matching(model, wanted, name)
+                self.targets[name] = shortest(model, wanted, self.layers[name])
         if settings.text_targets and len(self.models) == (part in self.models):
             raise CmloraError("train: text_targets are given, and there is no text encoder")
         if settings.base_format == "mxfp4" and settings.tuner == "lora_sb":
@@ -149,7 +155,7 @@ class Parts:
 
     def _adapt(self, model: nn.Module, layers: Sequence[str], part: str) -> None:
         settings = self.settings
-        config = config_of(settings, layers)
+        config = config_of(settings, self.targets[part])
         if settings.tuner in RANKED:
             check_rank(model, layers, config.r, part)
         with warnings.catch_warnings():
@@ -218,6 +224,13 @@ def matching(model: nn.Module, targets: Sequence[str], part: str) -> list[str]:
             raise CmloraError(f"train: no layer of the {part} is called {target!r}; {hint}")
         found.update(dict.fromkeys(hits))
     return [name for name in known if name in found]
+
+
+def shortest(model: nn.Module, targets: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """The targets themselves if PEFT finds the same layers by them, otherwise the layers' names."""
+    ends = tuple(f".{target}" for target in targets)
+    found = [n for n, _ in model.named_modules() if n in targets or n.endswith(ends)]
+    return list(targets) if found == list(layers) else list(layers)
 
 
 def endings(names: Sequence[str]) -> set[str]:

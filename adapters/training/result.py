@@ -94,7 +94,7 @@ def metadata(pipe: Any, settings: Settings, examples: Sequence[Example]) -> dict
         "cmlora.base": settings.base or settings.model,
         "cmlora.training": json.dumps(settings.to_dict(), sort_keys=True),
     }
-    return {key: str(value) for key, value in found.items() if value is not None}
+    return {k: str(v) for k, v in found.items() if v is not None} | dict(settings.header)
 
 
 def _architecture(pipe: Any) -> str:

@@ -15,7 +15,7 @@ from cmlora import checks
 from cmlora.errors import CmloraError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-SECTIONS = ("options", "optim_options")
+SECTIONS = ("options", "optim_options", "hook_options", "header")
 FREE = frozenset(
     (
         "model",
@@ -54,11 +54,14 @@ class Settings:
     rank: int | None = None
     alpha: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    hook_options: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ATTENTION
     text_targets: tuple[str, ...] = ()
     full: bool = False
     base_format: str = ""
     trp: bool = False
+    trp_every: int = 20
+    trp_energy: float = 0.98
     # The pictures.
     resolution: int = 512
     buckets: bool = True
@@ -99,9 +102,12 @@ class Settings:
     validation_prompts: tuple[str, ...] = ()
     validation_steps: int = 30
     dtype: str = "float32"
+    header: Mapping[str, Any] = field(default_factory=dict)
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.validation_prompts, str):  # commas belong to a prompt
+            object.__setattr__(self, "validation_prompts", (self.validation_prompts,))
         for name in ("targets", "text_targets", "validation_prompts"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         for name in SECTIONS:
@@ -129,6 +135,8 @@ class Settings:
         self._together()
 
     def _together(self) -> None:
+        for key, text in self.header.items():
+            checks.text("train", f"header.{key}", text)
         if not self.targets and not self.text_targets and not self.full:
             raise CmloraError("train: targets is empty, so nothing would be trained")
         if self.rate == 0 and not self.text_rate:
@@ -216,6 +224,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
     "rank": (1, 2**20),
     "resolution": (8, 2**15),
     "bucket_step": (1, 2**12),
+    "trp_every": (1, 10**9),
     "prior_count": (0, 2**20),
     "steps": (1, 10**9),
     "batch": (1, 2**16),
@@ -228,6 +237,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
 }
 _REAL: dict[str, tuple[float, float]] = {
     "alpha": (1e-6, 1e6),
+    "trp_energy": (1e-3, 1),
     "caption_dropout": (0, 1),
     "prior_weight": (0, 1000),
     "min_snr": (0, 1e6),
@@ -261,11 +271,14 @@ EXPLAINED: dict[str, str] = {
     "rank": "of the update; the tuner's own default if not given",
     "alpha": "the update is multiplied by alpha / rank; the tuner's own if not given, mostly 1",
     "options": "table of further settings of the tuner",
+    "hook_options": "table of the tuner's own steps: samples of lora_sb, target of snella, ...",
     "targets": "layers of the denoiser, by the end of their names",
     "text_targets": "layers of the text encoders; they are not trained if empty",
     "full": "train the denoiser itself instead of an adapter",
     "base_format": "mxfp4 keeps the frozen base in 4 bits; quartet, with full, trains in 4 bits",
     "trp": "with full: pull the weights towards low rank (trained rank pruning)",
+    "trp_every": "steps between two prunings",
+    "trp_energy": "share of each weight's squared norm that a pruning keeps",
     "resolution": "pictures are brought to about this many pixels squared",
     "buckets": "keep the pictures' shapes, in buckets of equal area",
     "bucket_step": "sides are multiples of this",
@@ -302,5 +315,6 @@ EXPLAINED: dict[str, str] = {
     "validation_prompts": "what they show",
     "validation_steps": "their denoising steps",
     "dtype": "of the tensors in the file",
+    "header": "table of further texts in the file's header",
     "tensorboard": "also log for TensorBoard",
 }

@@ -65,9 +65,9 @@ def save(
     if not tensors:
         raise CmloraError(f"there is no adapter {name!r} to write to {path}")
     header = {
+        "cmlora.name": name,
         **(metadata or {}),
         "format": "pt",
-        "cmlora.name": name,
         _SETTINGS: json.dumps(settings, sort_keys=True),
         _RANDOM: _fingerprint(),
     }

@@ -49,7 +49,7 @@ def trainer(folder: Path, pipe: Any = None, **options: Any) -> Trainer:
     """A training of the pictures in ``folder / "data"``."""
     examples: list[Example] = read_folder(folder / "data", "zorbo")
     pipe = pipeline() if pipe is None else pipe
-    return Trainer(pipe, settings(folder / "out", **options), examples)
+    return Trainer(pipe, settings(**{"output": folder / "out"} | options), examples)
 
 
 def stop_at(step: int) -> Any:

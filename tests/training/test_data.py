@@ -168,6 +168,7 @@ def test_settings_from_a_file_and_the_command_line(tmp_path: Path) -> None:
     assert (found.steps, found.rate, found.targets) == (7, 0.5, ("to_q",))
     assert found.options == {"seed": 3, "slot": 2}
     assert found.text_targets == ("q_proj", "v_proj")
+    assert Settings(validation_prompts="a cat, sitting").validation_prompts == ("a cat, sitting",)  # type: ignore[arg-type]
     assert Settings(**found.to_dict()) == found
     assert EXPLAINED.keys() == found.to_dict().keys()
     assert [value(t) for t in ("3", "a b", "[1]", "false")] == [3, "a b", [1], False]
@@ -188,6 +189,7 @@ def test_settings_from_a_file_and_the_command_line(tmp_path: Path) -> None:
         ({"targets": []}, "targets is empty"),
         ({"targets": [3]}, "not a list of texts"),
         ({"options": 3}, "options is 3, not a table"),
+        ({"header": {"a": 3}}, "header.a is 3, not a text"),
         ({"full": True, "base_format": "mxfp4"}, "does not go with base_format"),
         ({"base_format": "quartet"}, "needs full"),
         ({"full": True, "text_targets": ["q"]}, "does not go with text_targets"),

@@ -77,7 +77,7 @@ def test_the_error_of_rounding() -> None:
         squares = (found - rows).square().sum(1) / rows.square().sum(1)
         return float(squares.mean())
 
-    assert error(nearest(rows)[0]) <= 1.45e-2
+    assert error(nearest(rows)[0]) <= 1.40e-2
     assert error(nearest(rows, floor=True)[0]) > 1.5 * error(nearest(rows)[0])
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 import cmlora
 from cmlora import files
 from cmlora.adapters.compression.layers import CompactLinear
-from cmlora.adapters.training import Example, Trainer, hooks, read_folder, train
+from cmlora.adapters.training import Example, Trainer, read_folder, train
 from cmlora.adapters.tuners import TUNERS, store
 from cmlora.adapters.tuners.dylora import DyloraLayer
 from cmlora.adapters.tuners.lora_sb import LoraSbLayer
@@ -39,7 +39,14 @@ def header(path: Path) -> dict[str, str]:
 def test_a_lora_learns_and_every_program_reads_it(folder: Path) -> None:
     pipe = bench.pipeline()
     trainer = bench.trainer(
-        folder, pipe, steps=40, rate=2e-2, min_snr=5.0, category="character", dtype="float16"
+        folder,
+        pipe,
+        steps=40,
+        rate=2e-2,
+        min_snr=5.0,
+        category="character",
+        dtype="float16",
+        header={"cmlora.series": "first", "cmlora.name": "an ink"},
     )
     before = sum(float(trainer.loss(1000 + n, 0).detach()) for n in range(20))
     outcome = trainer.run()
@@ -56,7 +63,9 @@ def test_a_lora_learns_and_every_program_reads_it(folder: Path) -> None:
     assert facts["dtypes"] == ["float16"]
     assert facts["rank"] == [2, 2]
     assert facts["tags"] == {"zorbo": 5} | {f"a cat {n}": 1 for n in range(5)}
+    assert facts["name"] == "an ink"
     said = header(outcome.path)
+    assert said["cmlora.series"] == "first"
     assert said["ss_steps"] == "40"
     assert said["modelspec.trigger_phrase"] == "zorbo"
     assert said["modelspec.prediction_type"] == "epsilon"
@@ -96,10 +105,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "dylora": {"save_every": 1, "tuner": "dylora"},
     "maestro": {"save_every": 1, "tuner": "maestro"},
     "snella": {"save_every": 1, "tuner": "snella", "options": {"sparsity": 0.2}},
-    "lora_sb": {"save_every": 1, "tuner": "lora_sb"},
+    "lora_sb": {"save_every": 1, "tuner": "lora_sb", "hook_options": {"samples": 3}},
     "lora_pro": {"save_every": 1, "optim": "lora_pro"},
     "full": {"save_every": 1, "full": True, "optim": "galore", "optim_options": {"gap": 2}},
-    "trp": {"save_every": 1, "full": True, "trp": True, "optim": "frugal"},
+    "trp": {"save_every": 1, "full": True, "trp": True, "trp_every": 2, "optim": "frugal"},
     "quartet": {"save_every": 1, "full": True, "base_format": "quartet"},
     "nola": {"save_every": 1, "tuner": "nola", "precision": "bf16", "base_format": "mxfp4"},
 }
@@ -116,10 +125,7 @@ RARE = ("plain", "dylora", "maestro", "lora_sb", "trp", "quartet")
 @pytest.mark.parametrize(
     "way", [pytest.param(w, marks=pytest.mark.slow) if w in RARE else w for w in WAYS]
 )
-def test_an_interrupted_training_ends_with_the_same_bits(
-    way: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hooks.Prime, "samples", 4)
+def test_an_interrupted_training_ends_with_the_same_bits(way: str, folder: Path) -> None:
     options = WAYS[way] | {"steps": 5, "validate_every": 2, "validation_prompts": ("a cat",)}
     options["validation_steps"] = 1
     straight = bench.trainer(folder, **options).run()
@@ -173,10 +179,7 @@ COMMON = ("nola", "lora_sb", "hydra", "snell", "dylora", "oft", "dora", "lokr")
 @pytest.mark.parametrize(
     "name", [n if n in COMMON else pytest.param(n, marks=pytest.mark.slow) for n in TUNERS]
 )
-def test_every_tuner_trains_and_its_file_gives_the_same_picture(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hooks.Prime, "samples", 4)
+def test_every_tuner_trains_and_its_file_gives_the_same_picture(name: str, folder: Path) -> None:
     options: dict[str, Any] = {
         "orthogonal": {"slot": 1},
         "sltrain": {"density": 0.1},
@@ -185,7 +188,8 @@ def test_every_tuner_trains_and_its_file_gives_the_same_picture(
     pipe = bench.pipeline()
     trainer = bench.trainer(
         folder, pipe, tuner=name, steps=2, targets=("to_q",), rate=5e-2,
-        options=options.get(name, {}), rank=4 if name == "oft" else 2,
+        options=options.get(name, {}),
+        hook_options={"samples": 3} if name == "lora_sb" else {}, rank=4 if name == "oft" else 2,
     )  # fmt: skip
     start = {key: p.detach().clone() for key, p in trainer.trained.items()}
     frozen = {k: p.detach().clone() for k, p in pipe.unet.named_parameters() if not p.requires_grad}
@@ -308,15 +312,17 @@ def test_a_base_in_four_bits(folder: Path) -> None:
 
 def test_a_start_from_the_first_full_step(folder: Path) -> None:
     pipe = bench.pipeline()
-    trainer = bench.trainer(folder, pipe, tuner="lora_sb", targets=("to_q",), rate=1e-3)
+    trainer = bench.trainer(
+        folder, pipe, tuner="lora_sb", targets=("to_q",), rate=1e-3, hook_options={"samples": 9}
+    )
     plain = bench.pipeline()
     other = bench.trainer(folder, plain, targets=("to_q",), rate=1e-3)
     layers = other.parts.layers["unet"]
     weights = [plain.unet.get_submodule(name).base_layer.weight for name in layers]
     for weight in weights:
         weight.requires_grad_(True)
-    for number in range(50):
-        torch.autograd.backward(other.loss(number, 0) / 50)
+    for number in range(9):
+        torch.autograd.backward(other.loss(number, 0) / 9)
     tuned = dict(trainer.parts.tuners(LoraSbLayer))
     for name, weight in zip(layers, weights, strict=True):
         assert weight.grad is not None
@@ -353,6 +359,27 @@ def test_the_allocator_thins_out(folder: Path) -> None:
     shares = [layer.sparsity("ink") for _, layer in trainer.parts.tuners(SnellaLayer)]
     assert sum(shares) / len(shares) > 0.4
     assert len(set(shares)) > 1
+
+
+def test_pruning_while_training_leaves_less_rank(folder: Path) -> None:
+    shares = []
+    for trp in (False, True):
+        options: dict[str, Any] = {"full": True, "steps": 4, "batch": 1, "rate": 1e-4}
+        pipe = bench.pipeline()
+        trainer = bench.trainer(
+            folder,
+            pipe,
+            trp=trp,
+            trp_every=2,
+            trp_energy=0.9,
+            output=str(folder / str(trp)),
+            **options,
+        )
+        trainer.run()
+        weight = pipe.unet.mid_block.resnets[0].conv1.weight.detach().flatten(1)
+        values = torch.linalg.svdvals(weight.double()).square()
+        shares.append(float(values[: len(values) * 3 // 4].sum() / values.sum()))
+    assert shares[1] > shares[0] + 0.02
 
 
 def test_training_the_denoiser_itself(folder: Path) -> None:

@@ -77,6 +77,8 @@ def test_a_checkpoint_of_something_else(folder: Path) -> None:
         ({"tuner": "loro"}, "unknown tuner 'loro'; did you mean lora"),
         ({"optim": "adam"}, "unknown optimizer 'adam'; did you mean adamw"),
         ({"options": {"slot": 1}}, "lora has no option 'slot'"),
+        ({"hook_options": {"samples": 1}}, "lora takes no hook_options"),
+        ({"tuner": "snella", "hook_options": {"samples": 1}}, "hook_options do not fit: .*samples"),
         ({"tuner": "s2ft", "options": {"side": "top"}}, "side='top'"),
         ({"tuner": "nola", "optim": "lora_pro"}, "has no pair of factors"),
         ({"objective": "flow"}, "is not the scheduler of a flow"),

@@ -265,6 +265,21 @@ def test_oft_on_convolutions_changes_the_start() -> None:
     assert torch.equal(run(model), base)
 
 
+def test_lora_forgets_that_a_kernel_is_spread_out() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 9, 9)
+    model = bench.Holder(torch.nn.Conv2d(4, 8, 3, padding=2, dilation=2))
+    bench.inject(model, peft.LoraConfig(r=2, target_modules=["layer"]), "a")
+    with pytest.raises(RuntimeError):
+        model(x)
+    model = bench.Holder(torch.nn.Conv2d(4, 8, 3, padding=2, dilation=2))
+    bench.inject(model, bench.settings("pissa"), "a")
+    bench.shake(model)
+    expected = model(x)
+    bench.layers(model)[0].merge()
+    assert torch.allclose(model(x), expected, atol=1e-4)
+
+
 def test_miss_has_no_convolutions() -> None:
     with pytest.raises(TypeError):
         add(unet(), peft.MissConfig(r=4, target_modules=["conv1"]), "a")
