@@ -58,7 +58,8 @@ class Kind:
         family: what people call it.
         latent: what goes in: ``maps`` (B, C, H, W); ``tokens`` (B, H/2 * W/2, 4 C), patches of
             two by two in rows; ``frames`` (B, C, F, H, W).
-        scale: the argument that carries the ``scale`` of all LoRAs.
+        scale: the pipelines' argument that carries the ``scale`` of all LoRAs.
+        guidance: the pipelines' argument for the strength of guidance.
         stacks: the transformer blocks, in the order they run; empty if none can be skipped.
         live: how many blocks stay live at the beginning and at the end when features are reused.
         first: which branch of guidance is the first half of a doubled batch; ``None`` if the
@@ -70,6 +71,7 @@ class Kind:
     family: str
     latent: Literal["maps", "tokens", "frames"] = "maps"
     scale: str = "attention_kwargs"
+    guidance: str = "guidance_scale"
     stacks: tuple[Stack, ...] = ()
     live: tuple[int, int] = (4, 4)
     first: Literal["uncond", "cond"] | None = None
@@ -105,6 +107,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "QwenImageTransformer2DModel": Kind(
             "Qwen-Image",
             latent="tokens",
+            guidance="true_cfg_scale",
             stacks=(Stack("transformer_blocks", _BOTH),),
             live=(6, 6),
             listed=("img_shapes",),

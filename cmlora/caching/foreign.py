@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers.hooks
 
+from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
 from cmlora.hooks import forget_children, unlink
 
@@ -61,6 +62,18 @@ def named(text: Any) -> Any:
     except ValueError:
         example = "0.1" if number is float else "3"
         raise CmloraError(f"cache {text!r}: write {name} or {name}:{example}") from None
+
+
+def canonical(text: str) -> str:
+    """How a recipe writes a cache, one of ours or of diffusers'.
+
+    Raises:
+        CmloraError: for a text that stands for neither.
+
+    >>> canonical(" uniform:3"), canonical("first_block:0.1 ")
+    ('uniform:3', 'first_block:0.1')
+    """
+    return text.strip() if named(text) is not None else parse(text).name
 
 
 def is_config(value: Any) -> bool:
