@@ -1,7 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer and, the first time, a package index.
 # An existing .venv is used as it is; remove it to start afresh.
 
-EXTRAS := dev,eval
+EXTRAS := dev,eval,ui
 DEMO := character_1,clothing_1,style_1,background_1,object_1
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,6 +16,9 @@ demo: $(READY)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; \
+	  then OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser; \
+	  else echo "no chromium and chromedriver: the browser tests are left out"; fi
 
 lint: $(READY)
 	$(BIN)/ruff check .

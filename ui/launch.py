@@ -15,6 +15,7 @@ from cmlora.ui.settings import Settings
 from cmlora.ui.studio import Studio
 
 _TEMPORARY = ".temporary"
+_SMALL = 128  # pixels up to which a model is tried before anybody asks
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,30 @@ def _preload(studio: Studio) -> None:
     try:
         if name:
             studio.preload(name)
+            _warm_up(studio, name)
     except Exception:  # said again, with its reason, by the first request
         return
+
+
+def _warm_up(studio: Studio, name: str) -> None:
+    """Two steps of a small model: what is set up once is, and the machine's pace is known."""
+    from cmlora.ui.actions import complete, paint, recipe_of
+    from cmlora.ui.jobs import Clock, Ticket
+    from cmlora.ui.natives import natives
+    from cmlora.ui.order import Order
+
+    size = natives(studio, name).size
+    if size is None or max(size) > _SMALL:
+        return
+    order = complete(studio, Order(name, prompt="a", method="naive", steps=2))
+    with studio.pipeline(name, {}) as pipe:
+        folder = studio.settings.out / _TEMPORARY
+        recipe = recipe_of(pipe, order, Ticket(), _ignore, folder)
+        paint(studio, pipe, recipe, Ticket(), _ignore, Clock(2), folder=folder)
+
+
+def _ignore(_: object) -> None:
+    """Nobody is told."""
 
 
 def absolute(paths: list[Path]) -> tuple[Path, ...]:

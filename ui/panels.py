@@ -78,9 +78,9 @@ def summary(picture: Picture) -> str:
     """What making a picture took, in one line."""
     report = picture.report
     full, light = sum(report.full.values()), sum(report.light.values())
-    parts = [duration(report.seconds), f"{full} full passes"]
+    parts = [duration(report.seconds), f"{full:g} full passes"]
     if light:
-        parts.append(f"{light} light")
+        parts.append(f"{light:g} light")
     if picture.macs is not None:
         parts.append(macs(picture.macs))
     return " · ".join(parts)
@@ -138,13 +138,12 @@ def lora_list(cards: Sequence[Card], chosen: Mapping[str, float]) -> str:
             '<p class="hint">No LoRA files here yet. Start with <code>--loras FOLDER</code>, '
             "or add a file below.</p>"
         )
-    ordered = sorted(cards, key=lambda card: card.name not in chosen)
     search = (
         '<input class="find" type="search" placeholder="Find a LoRA" aria-label="Find a LoRA">'
         if len(cards) > 6
         else ""
     )
-    rows = "".join(_lora_row(card, chosen.get(card.name)) for card in ordered)
+    rows = "".join(_lora_row(card, chosen.get(card.name)) for card in cards)
     return f'{search}<ul class="loras" aria-label="LoRAs">{rows}</ul>'
 
 
@@ -184,9 +183,9 @@ def method_note(method: str) -> str:
     options = defaults(entry.object)
     listed = ", ".join(f"<code>{escape(k)}={escape(_plain(v))}</code>" for k, v in options.items())
     paper = f" <small>{escape(entry.paper)}</small>" if entry.paper else ""
-    tail = f"<br><small>Options: {listed}</small>" if listed else ""
+    tail = f"<details><summary>Options</summary>{listed}</details>" if listed else ""
     sentence = entry.sentence[0].upper() + entry.sentence[1:]
-    return f'<p class="note">{escape(sentence)}.{paper}{tail}</p>'
+    return f'<div class="note"><p>{escape(sentence)}.{paper}</p>{tail}</div>'
 
 
 def _plain(value: Any) -> str:

@@ -72,7 +72,7 @@ def tags(prompt: str, known: Collection[str]) -> tuple[str, dict[str, float]]:
         CmloraError: if a LoRA is not there or named twice, or its weight is no number.
 
     >>> tags("a cat <lora:ink:0.5>, <lora:zorbo>", ["styles/ink", "zorbo"])
-    ('a cat,', {'styles/ink': 0.5, 'zorbo': 1.0})
+    ('a cat', {'styles/ink': 0.5, 'zorbo': 1.0})
     """
     found: dict[str, float] = {}
     for match in _TAG.finditer(prompt):
@@ -87,8 +87,10 @@ def tags(prompt: str, known: Collection[str]) -> tuple[str, dict[str, float]]:
         if not math.isfinite(weight):
             raise CmloraError(f"prompt: {match[0]}: {text!r} is not a number; as in <lora:ink:0.8>")
         found[name] = weight
-    rest = _TAG.sub("", prompt)
-    return re.sub(r"\s+", " ", re.sub(r"(\s*,)(\s*,)+", ",", rest)).strip(), found
+    if not found:
+        return prompt, {}
+    rest = re.sub(r"\s+", " ", _TAG.sub("", prompt))
+    return re.sub(r" ?,( ?,)*", ",", rest).strip(" ,"), found
 
 
 def tagged(prompt: str, loras: Mapping[str, float]) -> str:

@@ -50,9 +50,13 @@ def build(studio: Studio) -> Rail:
         loras = gr.Textbox("{}", visible="hidden", elem_id="lora-state", label="Selection")
         before = gr.State([])
         with gr.Row():
-            refresh = gr.Button("Look again", size="sm", elem_id="refresh")
+            refresh = gr.Button("Look again", size="sm", min_width=90, elem_id="refresh")
             add = gr.UploadButton(
-                "Add a LoRA file", size="sm", file_types=[".safetensors"], elem_id="add-lora"
+                "Add a file",
+                size="sm",
+                min_width=90,
+                file_types=[".safetensors"],
+                elem_id="add-lora",
             )
         said = gr.HTML(message(_welcome(studio)), elem_id="rail-message")
 

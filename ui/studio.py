@@ -2,6 +2,7 @@
 
 import re
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 from cmlora.container import sha256
 from cmlora.cost import PassCost
 from cmlora.errors import CmloraError
-from cmlora.frequency.card import Profile
+from cmlora.frequency.card import Profile, StaleCard, card_path, read_card
 from cmlora.frequency.profile import base_id
 from cmlora.pipelines import library
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
@@ -181,6 +182,19 @@ class Studio:
             profile: measured on the model that is loaded.
         """
         self._profiles[sha, profile.base] = profile
+
+    def profile(self, path: Path) -> Profile | None:
+        """What is known about a LoRA's frequencies: measured here, or on the card beside it."""
+        if card_path(path).exists() or self._profiles:
+            digest = self.hash_of(path)
+            for (sha, base), profile in self._profiles.items():
+                if sha == digest and base == (self._base or base):
+                    return profile
+        if not card_path(path).exists():
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StaleCard)
+            return read_card(path, self._base or None)
 
     def pass_cost(self, pipe: CMLoRAPipeline, recipe: Recipe) -> PassCost | None:
         """Cost of a pass, counted once per model and size; ``None`` if it cannot be counted."""

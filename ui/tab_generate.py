@@ -1,7 +1,7 @@
 """The Generate tab: from the fields to pictures."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
                 interactive=False,
                 format="png",
                 allow_preview=False,
+                fit_columns=False,
             )
             with gr.Row():
                 save = gr.DownloadButton("Download PNG", interactive=False, elem_id="download")
@@ -196,7 +197,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
     )
     gallery.select(on_select, made, [scene, recipe, save], **quiet)
     method.change(method_note, method, note, **quiet)
-    rail.loras.input(
+    rail.loras.change(
         lambda *values: adapt_prompt(studio, *values),
         [rail.model, rail.loras, rail.before, prompt],
         [prompt, rail.before],
@@ -228,7 +229,7 @@ def _follow(start: Any, old: list[Picture], dropped: Path | None = None) -> Iter
         for event in events:
             if isinstance(event, Progress):
                 last = event.preview or last
-                scene = busy(Progress(**{**vars(event), "preview": last}))
+                scene = busy(replace(event, preview=last))
                 yield [scene, same, same, same, same, *busy_buttons, ""]
                 continue
             picture: Picture = event.value

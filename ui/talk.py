@@ -17,7 +17,10 @@ def sentence(error: BaseException) -> str:
         words = " ".join(str(error).split())
         if words == "stopped":
             return "Stopped."
-        return f"{words[:1].upper()}{words[1:]}" + ("" if words.endswith((".", "!", "?")) else ".")
+        first = words.split(" ", 1)[0]
+        if first.isalpha():  # and not the name of a file
+            words = f"{words[0].upper()}{words[1:]}"
+        return words if words.endswith((".", "!", "?")) else f"{words}."
     _LOG.error("unexpected failure", exc_info=error)
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         return "The memory is not enough for this; try a smaller picture, or fewer LoRAs."

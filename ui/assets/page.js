@@ -1,19 +1,17 @@
 // What the page does by itself: the list of LoRAs, the theme, wiping, and keyboard shortcuts.
 (() => {
-  const root = document.documentElement;
-
-  // The theme follows the system until somebody chooses.
+  // The theme follows the system until somebody chooses; the page itself looks at the address.
+  const address = new URL(location);
+  const kept = localStorage.getItem("cmlora-theme");
+  const choose = (name) => {
+    address.searchParams.set("__theme", name);
+    history.replaceState(null, "", address);
+  };
+  if (kept && !address.searchParams.has("__theme")) choose(kept);
   const dark = (on) => {
-    root.classList.toggle("dark", on);
-    document.body && document.body.classList.toggle("dark", on);
+    document.body.classList.toggle("dark", on);
     document.querySelectorAll("[data-act=theme]").forEach((b) => b.setAttribute("aria-pressed", on));
   };
-  const wanted = () => {
-    const asked = new URLSearchParams(location.search).get("__theme");
-    const kept = asked || localStorage.getItem("cmlora-theme");
-    return kept ? kept === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  };
-  document.addEventListener("DOMContentLoaded", () => dark(wanted()));
 
   // The selection travels to the server through a hidden field.
   let timer;
@@ -36,6 +34,21 @@
       field.dispatchEvent(new Event("input", { bubbles: true }));
     }, delay);
   };
+
+  // A list that the server draws anew may keep the boxes of the old one: the rows are right.
+  const settle = () => {
+    for (const row of rows()) {
+      const box = row.querySelector("input[type=checkbox]");
+      if (!box) continue;
+      const on = row.classList.contains("on");
+      const slider = row.querySelector("input[type=range]");
+      if (box.checked !== on) box.checked = on;
+      if (slider.disabled === on) slider.disabled = !on;
+    }
+  };
+  document.addEventListener("DOMContentLoaded", () =>
+    new MutationObserver(settle).observe(document.body, { childList: true, subtree: true }),
+  );
 
   document.addEventListener("input", (event) => {
     const target = event.target;
@@ -60,6 +73,7 @@
     if (!button) return;
     const on = !document.body.classList.contains("dark");
     localStorage.setItem("cmlora-theme", on ? "dark" : "light");
+    choose(on ? "dark" : "light");
     dark(on);
   });
 
