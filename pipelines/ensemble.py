@@ -1,5 +1,6 @@
 """The LoRAs of a pipeline, and a call of it with them composed."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -228,12 +229,17 @@ class Ensemble:
             text_encoder=text_encoder,
             text_weights=text_weights,
             execution=execution,
+            count_macs=count_macs,
             schedule=schedule,
             uncond=uncond,
             prompt=prompt if isinstance(prompt, str) else None,
             **composition_options or {},
         ) as active:
-            output = call(prompt, *args, **kwargs)
+            # by name where it can be: the first argument of FLUX.2's pipeline is a picture
+            if not args and "prompt" in inspect.signature(call).parameters:
+                output = call(prompt=prompt, **kwargs)
+            else:
+                output = call(prompt, *args, **kwargs)
         self.report = active.report
         if hasattr(output, "to_tuple"):
             output.report = self.report
