@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cmlora import container, forms, peft_config
-from cmlora.files import Source, open_file
 from cmlora.lora import TEXT_ENCODERS
+from cmlora.source import Source, open_file
 
 PathLike = str | os.PathLike[str]
 

@@ -9,28 +9,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cmlora import container, family, forms, fused, insert, keys, peft_config, rest
+from cmlora import container, insert, peft_config, rest
 from cmlora.container import sha256 as sha256
 from cmlora.errors import CmloraError
-from cmlora.forms import Change, Parts
 from cmlora.insert import Applied as Applied
-from cmlora.insert import listing
 from cmlora.lora import TEXT_ENCODERS, LoRA, Update, dense
-from cmlora.originals import Target
-from cmlora.rest import Remainder
+from cmlora.source import open_file as open_file
+from cmlora.source import trigger_words
 
 PathLike = str | os.PathLike[str]
 
-_STRUCTURE = ("format", "lora_adapter_metadata", "cmlora.scales", "cmlora.triggers", "cmlora.name")
 # Hashes of the tensors of another file.
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
@@ -107,7 +102,7 @@ def convert(
         shifts, missing = rest.resolve(pipe, source.remainder, str(path))
         left = {f"{name} ": "it is not in the pipeline" for name in missing}
         for module, shift in rest.deltas(shifts):
-            if shift.weight is not None and shift.weight.ndim in (2, 4):
+            if shift.weight is not None and _shape(pipe, module) is not None:
                 matrices[module] = shift.weight
             elif shift.weight is not None:
                 left[f"{module}.weight"] = "no matrix, for which a LoRA has no place"
@@ -115,7 +110,10 @@ def convert(
                 left[f"{module}.bias"] = "a bias, for which a LoRA has no place"
     source.settle(strict, left)
     lost = total = 0.0
-    updates = dict(lora.updates)
+    updates = {
+        m: update if pipe is None else _fitted(pipe, m, update)
+        for m, update in lora.updates.items()
+    }
     for module, matrix in matrices.items():
         whole = dense(matrix)
         updates[module] = whole if rank is None else _cut(matrix, rank)
@@ -123,7 +121,7 @@ def convert(
         if rank is not None:
             lost += float((matrix - updates[module].delta()).double().norm()) ** 2
     for module in lora.updates.keys() - matrices.keys():
-        norm, update = lora.updates[module].norm(), lora.updates[module]
+        norm, update = updates[module].norm(), updates[module]
         total += norm**2
         if rank is not None and update.rank > rank:
             cut = update.truncate(rank)
@@ -178,7 +176,7 @@ def write(lora: LoRA, path: PathLike) -> None:
 
 def triggers(path: PathLike) -> tuple[str, ...]:
     """The trigger words that a LoRA file names; reads only its header."""
-    return _triggers(container.header(path).metadata, path)
+    return trigger_words(container.header(path).metadata, path)
 
 
 def describe(path: PathLike) -> dict[str, Any]:
@@ -188,182 +186,19 @@ def describe(path: PathLike) -> dict[str, Any]:
     return describe.describe(path)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A LoRA file that was opened.
-
-    Args:
-        path: of the file.
-        header: what it says about itself.
-        layout: its keys, sorted.
-        lora: its low-rank updates.
-        whole: whole matrices by module, which no model is needed for.
-        known: the layers of the file that these make up.
-        remainder: everything that is not in `lora`, for a model.
-        sha256: of the file; empty if its tensors were not read.
-        alphas: the stored alphas by layer.
-        dtypes: the precision of each layer's first tensor.
-    """
-
-    path: PathLike
-    header: container.Header
-    layout: keys.Layout
-    lora: LoRA
-    whole: Mapping[str, Tensor]
-    known: frozenset[str]
-    remainder: Remainder
-    sha256: str
-    alphas: Mapping[str, float]
-    dtypes: Mapping[str, str]
-
-    def plain(self) -> tuple[LoRA, dict[str, str]]:
-        """The file without a model: whole matrices are updates, and what needs a model is left."""
-        left: dict[str, str] = {}
-        for (target, change), key in zip(self.remainder.changes, self.remainder.keys, strict=True):
-            if change.bias is not None or target.name not in self.known:
-                titles = " and ".join(forms.titles(self.layout.modules[target.name]))
-                why = "it depends on the model" if change.weight is not None else "no matrix alone"
-                left[key] = f"{titles}: {why}; cmlora.files.load and cmlora convert take it"
-        updates = {module: dense(matrix) for module, matrix in self.whole.items()}
-        return replace(self.lora, updates={**self.lora.updates, **updates}), left
-
-    def settle(self, strict: bool, left: Mapping[str, str] | None = None) -> None:
-        """Raises if something was left over, or warns."""
-        if not self.layout.modules:
-            examples = listing(sorted(self.header.shapes))
-            reasons = sorted(set(self.layout.leftover.values()) - {"unknown name"})
-            holds = f"{', '.join(reasons)}: {examples}" if reasons else examples or "no tensors"
-            raise CmloraError(f"{self.path} holds no LoRA; it holds {holds}")
-        found = {**self.layout.leftover, **(left or {})}
-        if not found:
-            return
-        message = (
-            f"{self.path}: {len(found)} of {len(self.header.shapes)} keys left over: "
-            + listing([f"{key.strip()} ({reason})" for key, reason in sorted(found.items())])
-        )
-        some = len(left or {}) < len(self.layout.modules)
-        if strict or not some:
-            raise CmloraError(message + ("; strict=False leaves them out" if some else ""))
-        warnings.warn(message, stacklevel=4)
-
-
-def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) -> Source:
-    """Opens a file and sorts what is in it; nothing is refused yet but damage.
-
-    Args:
-        path: a safetensors file.
-        pipe: the pipeline it is meant for, whose module names help to understand it.
-        layers_per_block: of the UNet, unless there is a pipeline.
-
-    Raises:
-        CmloraError: if the file is missing, not safetensors or damaged.
-    """
-    header = container.header(path)
-    unet = getattr(pipe, "unet", None)
-    layers = getattr(getattr(unet, "config", None), "layers_per_block", layers_per_block)
-    denoiser = rest.plain(unet if unet is not None else getattr(pipe, "transformer", None))
-    names = [name for name, _ in denoiser.named_modules()] if denoiser is not None else []
-    layout = keys.layout(
-        header.shapes, layers if isinstance(layers, int) else 2, header.shapes, names
-    )
-    where = str(path)
-    configs = peft_config.scales(header.metadata.get("lora_adapter_metadata"), where)
-    exact = _json(header.metadata, "cmlora.scales", dict, path) or {}
-    # A whole checkpoint of gigabytes is not read only to be refused.
-    tensors, digest = container.content(path) if layout.modules else ({}, "")
-    updates: dict[str, Update] = {}
-    whole: dict[str, Tensor] = {}
-    changes: list[tuple[Target, Change]] = []
-    firsts: list[str] = []
-    known: set[str] = set()
-    taken: dict[str, str] = {}
-    widths: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    dtypes: dict[str, str] = {}
-    for module, roles in layout.modules.items():
-        key = roles.get("down") or min(roles.values())
-        target = layout.targets[module]
-        component, _, name = target.modules[0].partition(".")
-        config = configs.get(component) or configs.get("") or {}
-        try:
-            held = {role: tensors[k] for role, k in roles.items()}
-            for each in target.modules:
-                if each in taken:
-                    raise ValueError(f"a second change of {each}, beside {taken[each]}")
-                taken[each] = key
-            shapes = {role: header.shapes[k] for role, k in roles.items()}
-            widths[target.modules[0]] = forms.inputs(shapes) or 0
-            parts = _parts(held, config, name, exact.get(module))
-            dtypes[module] = str(tensors[key].dtype).removeprefix("torch.")
-            if parts.alpha is not None:
-                alphas[module] = parts.alpha
-            change = forms.read(parts)
-            if change.update is not None and change.weight is None:
-                updates |= fused.share(_kernel(change.update, target), target)
-                change = replace(change, update=None)
-            if change.dense is not None and change.weight is None:
-                matrices = _split(change.dense, target)
-                whole |= matrices
-                known |= {module} if matrices else set()
-            if change.dense is not None or change.weight is not None or change.bias is not None:
-                changes.append((target, change))
-                firsts.append(key)
-        except (ValueError, TypeError, RuntimeError, IndexError, OverflowError) as error:
-            raise CmloraError(f"{path}: {key}: {' '.join(str(error).split())}") from None
-    metadata = {k: v for k, v in header.metadata.items() if k not in _STRUCTURE}
-    title = header.metadata.get("cmlora.name") or Path(path).stem
-    lora = LoRA(title, updates, metadata, _triggers(header.metadata, path))
-    found = family.of_lora(lora, layout.table, widths)
-    remainder = Remainder(tuple(changes), tuple(firsts), found)
-    return Source(
-        path, header, layout, lora, whole, frozenset(known), remainder, digest, alphas, dtypes
-    )
-
-
-def _parts(held: Mapping[str, Tensor], config: Mapping[str, Any], name: str, exact: Any) -> Parts:
-    """The tensors of a layer with everything that decides its strength."""
-    alpha = _alpha(held["alpha"]) if "alpha" in held else None
-
-    def ratio(rank: int) -> float:
-        if not rank:
-            raise ValueError("its rank is zero, its factors are empty")
-        if exact is not None:
-            return float(exact)
-        if alpha is not None:
-            # Trainers that store 0 mean "no alpha", which is the rank.
-            return (alpha or float(rank)) / rank
-        return peft_config.scale(config, name, rank)
-
-    settings = dict(config)
-    feedforward = config.get("feedforward_modules")
-    if isinstance(feedforward, list):
-        settings["feedforward"] = any(
-            name == str(each) or name.endswith(f".{each}") for each in feedforward
-        )
-    return Parts(held, settings, ratio, alpha)
-
-
-def _kernel(update: Update, target: Target) -> Update:
-    """The update of a UNet's 3x3 convolution, whose kernel some trainers flatten."""
-    last = target.modules[0].rpartition(".")[2]
-    columns = update.down.shape[1]
-    if not target.modules[0].startswith("unet.") or update.down.ndim != 2 or columns % 9:
+def _fitted(pipe: Any, module: str, update: Update) -> Update:
+    """An update with the kernel of the layer that it is for."""
+    shape = _shape(pipe, module)
+    if shape is None or update.mid is not None or update.down[0].numel() != math.prod(shape[1:]):
         return update
-    if last not in ("conv", "conv1", "conv2", "conv_in", "conv_out"):
-        return update
-    return replace(update, down=update.down.reshape(update.rank, columns // 9, 3, 3))
+    return replace(update, down=update.down.reshape(update.rank, *shape[1:]))
 
 
-def _split(delta: Tensor, target: Target) -> dict[str, Tensor]:
-    """A whole matrix as those of its modules; none if it is no matrix, or only a model tells."""
-    if delta.ndim not in (2, 4):
-        return {}
-    try:
-        widths = fused.sizes(target, *delta.shape[:2])
-    except ValueError:
-        return {}
-    rows = fused.swapped(delta, target, delta.shape[1])
-    return dict(zip(target.modules, rows.split(widths), strict=True))
+def _shape(pipe: Any, module: str) -> tuple[int, ...] | None:
+    """The shape of a linear layer's or convolution's matrix; nothing for other layers."""
+    component, _, name = module.partition(".")
+    layer, _ = rest.find(rest.plain(getattr(pipe, component, None)), component, name)
+    return None if layer is None else rest.shape_of(layer)
 
 
 def _cut(matrix: Tensor, rank: int) -> Update:
@@ -372,30 +207,3 @@ def _cut(matrix: Tensor, rank: int) -> Update:
     root = values[:rank].sqrt()
     down = (root[:, None] * right[:rank]).float()
     return Update(down.reshape(-1, *matrix.shape[1:]), (left[:, :rank] * root).float())
-
-
-def _alpha(tensor: Tensor) -> float:
-    if tensor.numel() != 1:
-        raise ValueError(f"alpha has {tensor.numel()} values instead of one")
-    return float(tensor.item())
-
-
-def _triggers(metadata: Mapping[str, str], path: PathLike) -> tuple[str, ...]:
-    own = _json(metadata, "cmlora.triggers", list, path)
-    if own is not None:
-        return tuple(str(word) for word in own)
-    phrases = metadata.get("modelspec.trigger_phrase", "").split(",")
-    return tuple(phrase.strip() for phrase in phrases if phrase.strip())
-
-
-def _json(metadata: Mapping[str, str], key: str, kind: type, path: PathLike) -> Any:
-    """A JSON value of the header, or ``None``; a wrong one is the file's defect."""
-    if key not in metadata:
-        return None
-    try:
-        value = json.loads(metadata[key])
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, kind):
-        raise CmloraError(f"{path}: {key} in the header is not a JSON {kind.__name__}")
-    return value

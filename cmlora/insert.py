@@ -150,8 +150,10 @@ def _fit(
                 update = replace(update, down=update.down.reshape(update.rank, *shape[1:]))
             if update.shape != shape:
                 found = "no linear or convolution layer" if shape is None else str(shape)
+                hint = _control(name, shape, update)
                 wrong.append(
                     f"{component}.{name} is {update.shape} in the file and {found} in the pipeline"
+                    + hint
                 )
                 continue
             fitted.setdefault(component, {})[own] = (layer, update)
@@ -163,6 +165,13 @@ def _fit(
             + listing(wrong, 1)
         )
     return fitted, missing
+
+
+def _control(name: str, shape: tuple[int, ...] | None, update: Update) -> str:
+    """What to do about a control LoRA, which takes the latents of a second picture as well."""
+    if name != "x_embedder" or shape is None or update.shape[1] <= shape[1]:
+        return ""
+    return "; it is a control LoRA, for a FluxControlPipeline with that many input channels"
 
 
 def _columns(shape: tuple[int, ...]) -> int:

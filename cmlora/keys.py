@@ -177,7 +177,7 @@ def part(key: str, context: Context | None = None) -> Part | None:
         groups = match.groupdict()
         end = match.end("keep") if "keep" in groups else match.start()
         old = match.group(0).startswith("_lora")
-        found = target(key[:end], context or Context(), old=old)
+        found = target(key[:end], context or _context([key], 2, {}, ()), old=old)
         return Part(found, groups.get("role") or role, naming) if found else None
     return None
 

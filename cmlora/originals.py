@@ -113,6 +113,8 @@ joint_blocks.#.x_block.mlp.fc1 = transformer_blocks.#.ff.net.0.proj
 joint_blocks.#.x_block.mlp.fc2 = transformer_blocks.#.ff.net.2
 joint_blocks.#.context_block.mlp.fc1 = transformer_blocks.#.ff_context.net.0.proj
 joint_blocks.#.context_block.mlp.fc2 = transformer_blocks.#.ff_context.net.2
+final_layer.linear = proj_out
+final_layer.adaLN_modulation.1 = ~norm_out.linear
 """
 
 _WAN = """

@@ -116,8 +116,9 @@ class ShiftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not names:
             return
         base = self.get_base_layer()
+        own_bias = getattr(base, "bias", None)
         found: list[Tensor | None] = []
-        for shifts, own in ((self.shift_weight, base.weight), (self.shift_bias, base.bias)):
+        for shifts, own in ((self.shift_weight, base.weight), (self.shift_bias, own_bias)):
             total = None if own is None else own.detach().clone()
             for name in names:
                 if name in shifts and total is None:
@@ -130,7 +131,7 @@ class ShiftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self._backup is None:
             self._backup = (
                 base.weight.detach().clone(),
-                None if base.bias is None else base.bias.detach().clone(),
+                None if own_bias is None else own_bias.detach().clone(),
             )
         self._write(found[0], found[1])
         self.merged_adapters = [*self.merged_adapters, *names]

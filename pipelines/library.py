@@ -2,9 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from cmlora.container import header, sha256
 from cmlora.errors import CmloraError
 from cmlora.pipelines.models import EMBEDDED
 
@@ -73,3 +74,56 @@ def adapter_name(path: Path, taken: Collection[str]) -> str:
         number += 1
         name = f"{stem}_{number}"
     return name
+
+
+def by_hash(
+    wanted: Sequence[tuple[str, str]],
+    *,
+    model: str | Path | None = None,
+    folder: str | Path | None = None,
+) -> list[Path]:
+    """The files of LoRAs that are known by their content, wherever they are now.
+
+    Files of the right name are looked at first, then all others in the folder and below it.
+
+    Args:
+        wanted: name of the file, and its SHA-256 or the first digits of it (AutoV2), or of that
+            of its tensors (AutoV3).
+        model: its embedded LoRAs are looked at, if it is ``emoji``.
+        folder: where else to look.
+
+    Raises:
+        CmloraError: that names all that are not there.
+    """
+    places = list(dict.fromkeys(ids(model, folder).values()))
+    if folder is not None:
+        below = sorted(Path(folder).expanduser().rglob(f"*{SUFFIX}"))
+        places = list(dict.fromkeys([*places, *below]))
+    hashes: dict[Path, tuple[str, str]] = {}
+
+    def fits(path: Path, digest: str) -> bool:
+        if path not in hashes:
+            try:
+                hashes[path] = sha256(path), sha256(path, header(path).start)
+            except CmloraError:  # a broken file is not the one
+                hashes[path] = "", ""
+        return any(each.startswith(digest) for each in hashes[path])
+
+    found: list[Path] = []
+    missing: list[str] = []
+    for file, digest in wanted:
+        named = [path for path in places if file in (path.name, path.stem)]
+        path = next(
+            (p for p in [*named, *(p for p in places if p not in named)] if fits(p, digest)), None
+        )
+        if path is None or len(digest) < 8:
+            missing.append(f"{file} (sha256 {digest[:12] or 'unknown'}..)")
+        else:
+            found.append(path)
+    if missing:
+        where = f"in {folder} or below" if folder is not None else "here; name its folder"
+        raise CmloraError(
+            f"LoRA {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not among the "
+            f"embedded ones or {where}"
+        )
+    return found

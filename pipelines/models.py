@@ -50,9 +50,10 @@ def open_pipeline(name_or_path: str | Path, **kwargs: Any) -> Any:
     """Load a diffusers pipeline from anything `locate` knows.
 
     Args:
-        name_or_path: see `locate`.
+        name_or_path: see `locate`; a compressed denoiser, as `cmlora compress` writes it, too.
         **kwargs: for diffusers' ``from_pretrained`` or ``from_single_file``; a single file may need
-            ``config=`` (a diffusers folder of its family) where there is no network.
+            ``config=`` (a diffusers folder of its family) where there is no network, and a
+            compressed denoiser needs the folder of its model.
 
     Raises:
         CmloraError: if the model is missing, incomplete, not in safetensors, or out of reach.
@@ -146,7 +147,10 @@ def _embedded() -> Path:
 def _open_single_file(path: Path, **kwargs: Any) -> Any:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    keys = header(path).shapes
+    found = header(path)
+    if "cmlora.compact" in found.metadata:
+        return _open_compressed(path, **kwargs)
+    keys = found.shapes
     if not any(key.startswith("model.diffusion_model.") for key in keys):
         raise CmloraError(
             f"{path.name} is no Stable Diffusion checkpoint: none of its {len(keys)} keys starts "
@@ -158,6 +162,25 @@ def _open_single_file(path: Path, **kwargs: Any) -> Any:
     if config is not None:
         kwargs["config"] = str(config)
     return family.from_single_file(str(path), **kwargs)
+
+
+def _open_compressed(path: Path, **kwargs: Any) -> Any:
+    """The model of a folder with the compressed denoiser of a file in the place of its own."""
+    from diffusers import DiffusionPipeline
+
+    from cmlora.adapters.compression.model import load
+
+    folder = kwargs.pop("config", None)
+    if folder is None or not (Path(folder).expanduser() / "model_index.json").is_file():
+        raise CmloraError(
+            f"{path.name} is a compressed denoiser; give the diffusers folder of its model as config"
+        )
+    where = Path(folder).expanduser()
+    pipe = DiffusionPipeline.from_pretrained(where, use_safetensors=True, **kwargs)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    load(denoiser, path)
+    denoiser.to(kwargs.get("dtype") or torch.float32)
+    return pipe
 
 
 def _explain(where: Path | str, failure: Exception) -> str:

@@ -5,36 +5,48 @@ from typing import Annotated, Any
 
 import typer
 
-from cmlora.cli.console import emit, out
+from cmlora.cli.console import emit, out, quiet_libraries, status
 from cmlora.cli.options import AsJson, Model
 
 
 def convert(
-    file: Annotated[str, typer.Argument(help="The adapter: a LoRA, or a file of another tuner.")],
+    file: Annotated[str, typer.Argument(help="The adapter: a file of any trainer or tuner.")],
     output: Annotated[str, typer.Option("--out", "-o", help="Where the LoRA is written.")],
     to: Annotated[str, typer.Option(help="The form; lora is the only one.")] = "lora",
     rank: Annotated[
         int | None, typer.Option(min=1, help="Largest rank of a layer; exact if not given.")
     ] = None,
     model: Model = "emoji",
+    loose: Annotated[
+        bool, typer.Option("--loose", help="Leave out what a LoRA cannot hold: biases, norms.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter of another kind as an ordinary LoRA, which every program reads.
 
-    What a smaller rank cannot hold is said as a share of the norm. Tuners that depend on the
-    weights need the model they were trained on.
+    What a smaller rank cannot hold is said as a share of the norm. Forms and tuners that depend on
+    the weights (DoRA, OFT, (IA)^3, ...) need the model they were trained on.
 
     Example: [bold]cmlora convert ink.safetensors --to lora --rank 16 -o ink_lora.safetensors[/bold]
     """
-    from cmlora import container, files
+    from cmlora import container, files, keys
     from cmlora.checks import choice
 
     choice("convert", "--to", to, ("lora",))
     header = container.header(file)
-    if any("lora_A" in key or "lora_down" in key for key in header.shapes):
-        lora, error = _smaller(files.read(file), rank)
-    else:
+    layout = keys.layout(header.shapes, shapes=header.shapes)
+    tuned = "peft_type" in header.metadata.get("lora_adapter_metadata", "")
+    if tuned and (layout.leftover or not layout.modules):
         lora, error = _exported(file, model, rank)
+    else:
+        pipe = None
+        if files.open_file(file).plain()[1]:
+            from cmlora.pipelines.models import open_pipeline
+
+            quiet_libraries()
+            with status("loading the model that the file depends on"):
+                pipe = open_pipeline(model)
+        lora, error = files.convert(file, pipe, rank=rank, strict=not loose)
     files.write(lora, output)
     ranks = [update.rank for update in lora.updates.values()]
     facts: dict[str, Any] = {
@@ -52,17 +64,8 @@ def convert(
     )
 
 
-def _smaller(lora: Any, rank: int | None) -> tuple[Any, float]:
-    from cmlora.lora import stack
-
-    if rank is None:
-        return lora, 0.0
-    cut = lora.truncate(rank)
-    norm = lora.norm()
-    return cut, stack([(lora, 1.0), (cut, -1.0)], "lost").norm() / norm if norm else 0.0
-
-
 def _exported(file: str, model: str, rank: int | None) -> tuple[Any, float]:
+    """An adapter of one of PEFT's or our own tuners, by way of the model."""
     from dataclasses import replace
 
     from cmlora.adapters.tuners import TUNERS, store

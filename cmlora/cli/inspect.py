@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Column, Table
 
 from cmlora.cli.console import emit, out
@@ -12,23 +13,75 @@ from cmlora.cli.options import AsJson
 
 def inspect(
     files: Annotated[list[str], typer.Argument(help="LoRA files, or ids of embedded LoRAs.")],
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--diffusers/--no-diffusers",
+            help="Find out what plain diffusers would drop; takes a few seconds.",
+        ),
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Show what LoRA files are: trainer, base, rank, triggers, hashes. Nothing is executed.
 
+    Also: what plain diffusers would drop of them, and what we do with them.
+
     Example: [bold]cmlora inspect ink.safetensors --json[/bold]
     """
-    from cmlora.files import describe
+    from cmlora.describe import describe
 
-    found = [describe(_path(name)) for name in files]
+    found = []
+    for name in files:
+        path = _path(name)
+        facts = describe(path)
+        if plain:
+            from cmlora.dropped import dropped
+
+            facts["diffusers"] = dropped(path, facts["family"])
+        found.append(facts)
     if as_json:
         emit(found)
         return
     for facts in found:
-        table = Table("what", Column("found", overflow="fold"), title=Path(facts["file"]).name)
-        for key, value in facts.items():
-            table.add_row(key, _words(value))
-        out.print(table)
+        _show(facts)
+
+
+def _show(facts: dict[str, Any]) -> None:
+    """One file as a table for people, and one of its blocks."""
+    title = escape(Path(facts["file"]).name)
+    table = Table("what", Column("found", overflow="fold"), title=title)
+    for key, value in facts.items():
+        if key == "use":
+            table.add_row(key, escape(value["words"]))
+        elif key == "diffusers":
+            table.add_row(key, escape(_diffusers(value)))
+        elif key == "leftover":
+            table.add_row(key, escape(_listed([f"{k} ({why})" for k, why in value.items()])))
+        elif key != "blocks":
+            table.add_row(key, escape(_words(value)))
+    out.print(table)
+    blocks = Table("block", "modules", "rank", "alpha")
+    for name, block in facts["blocks"].items():
+        row = _words(block["rank"]), _words([f"{alpha:g}" for alpha in block["alpha"]])
+        blocks.add_row(escape(name), str(block["modules"]), *row)
+    out.print(blocks)
+
+
+def _diffusers(found: dict[str, Any]) -> str:
+    """What plain diffusers does with a file, in words."""
+    if found["pipeline"] is None:
+        return "not known which of its pipelines this is for"
+    if not found["loads"]:
+        return f"{found['pipeline']} refuses it: {found['error']}"
+    if not found["dropped"]:
+        return f"{found['pipeline']} loads it whole"
+    lost = found["dropped"]
+    return f"{found['pipeline']} drops {len(lost)} keys without an error: {_listed(lost)}"
+
+
+def _listed(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return (", ".join(names[:shown]) + more) or "-"
 
 
 def _path(name: str) -> Path:

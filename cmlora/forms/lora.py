@@ -30,4 +30,5 @@ def lora(parts: Parts) -> Change:
 def embedding(parts: Parts) -> Change:
     """PEFT's LoRA of an embedding (V, I): ``s (B A)^T`` with A (R, V) and B (I, R)."""
     first, second = parts["embedding_A"], parts["embedding_B"]
-    return additive((second @ first).T * parts.ratio(len(first)))
+    delta = (second @ first).T * parts.ratio(len(first))
+    return Change(weight=lambda own: delta)  # a matrix, but of no linear layer

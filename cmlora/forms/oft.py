@@ -63,10 +63,13 @@ def peft_oft(parts: Parts) -> Change:
     skew[:, rows, columns] = upper
     skew = skew - skew.transpose(1, 2)
     if parts.settings.get("coft"):
-        most = float(parts.settings.get("eps", 6e-5)) / len(upper) ** 0.5
+        most = float(parts.settings.get("eps") or 6e-5) / len(upper) ** 0.5
         skew = skew * (most / skew.norm(dim=(1, 2), keepdim=True).clamp(min=most))
     if parts.settings.get("use_cayley_neumann", True):
-        turns = _neumann(skew, int(parts.settings.get("num_cayley_neumann_terms", 5)))
+        terms = int(parts.settings.get("num_cayley_neumann_terms") or 5)
+        if not 1 <= terms <= 100:
+            raise ValueError(f"num_cayley_neumann_terms is {terms}")
+        turns = _neumann(skew, terms)
     else:
         turns = _cayley(skew)
 
@@ -88,8 +91,8 @@ def peft_boft(parts: Parts) -> Change:
     """``diag(s) W R^T - W`` with R a product of rotations in blocks of permuted inputs.
 
     arXiv:2311.06243 as PEFT has it: ``boft_R`` (m, blocks, b, b), Q is half the difference of a
-    block and its transpose. Factor i works on inputs that are taken apart in halves of blocks,
-    even ones first, within groups of ``2^i`` blocks. PEFT's forward scales the bias by s as well.
+    block and its transpose. Factor i sees the inputs taken apart in halves of blocks, even ones
+    first, within groups of ``2^i`` blocks. The bias stays as it is.
     """
     blocks, outer = parts["boft_R"], parts.get("boft_s")
     if blocks.ndim != 4:
@@ -100,10 +103,8 @@ def peft_boft(parts: Parts) -> Change:
     rotation = torch.eye(inputs, dtype=blocks.dtype)
     for number, turn in enumerate(turns):
         order = _halves(inputs, size, 2**number) if factors > 1 else torch.arange(inputs)
-        apart = torch.block_diag(*turn)
-        step = torch.zeros_like(rotation)
-        step[order[:, None], order[None, :]] = apart
-        rotation = step @ rotation
+        apart: Tensor = torch.block_diag(*turn)
+        rotation = apart[order[:, None], order[None, :]] @ rotation
     scale = None if outer is None else outer.flatten()
 
     def weight(own: Tensor) -> Tensor:
@@ -115,11 +116,7 @@ def peft_boft(parts: Parts) -> Change:
             turned = turned * scale[:, None]
         return turned.reshape(own.shape) - own
 
-    def bias(own: Tensor | None) -> Tensor:
-        assert scale is not None
-        return torch.zeros_like(scale) if own is None else own * (scale - 1)
-
-    return Change(weight=weight, bias=None if scale is None else bias, base=True)
+    return Change(weight=weight, base=True)
 
 
 def _cayley(skew: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def test_a_scheduler_nobody_knows(model_folder: Path, lora_folder: Path) -> None
 def test_missing_loras_are_named(model_folder: Path, lora_folder: Path, tmp_path: Path) -> None:
     made = recipe(model_folder, lora_folder)
     disk.save_lora(tmp_path, "ink", strength=0.1)
-    with pytest.raises(CmloraError, match=r"cat\.safetensors .* is not among"):
+    with pytest.raises(CmloraError, match=r"cat\.safetensors .*ink\.safetensors .* are not among"):
         restore(made, folder=tmp_path)
     with pytest.raises(CmloraError, match="name its folder"):
         restore(made)
