@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from importlib import metadata
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from cmlora import checks
+from cmlora import checks, imagetext
 from cmlora.atomic import replacing
 from cmlora.errors import CmloraError
-from cmlora.plan import Role
+from cmlora.ingredient import Ingredient as Ingredient
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,11 +32,14 @@ FORMAT = 1
 """Number of the JSON form; raised when an older program could misread it."""
 
 _KEY = "cmlora"
-_LIMIT = 2**20
-_CHUNKS = 100_000
+_ADDED: Mapping[str, Any] = MappingProxyType({"schedule": "", "uncond": "per_lora"})
+_ADDED_TO_LORA: Mapping[str, Any] = MappingProxyType(
+    {"scope": None, "relevance": None, "importance": None}
+)
+"""Fields younger than the format, with their defaults."""
 _DTYPES = ("float32", "float16", "bfloat16")
 
-_SAMPLERS = {
+SAMPLERS = {
     "DDIMScheduler": "DDIM",
     "PNDMScheduler": "PLMS",
     "LMSDiscreteScheduler": "LMS",
@@ -51,55 +53,7 @@ _SAMPLERS = {
     "UniPCMultistepScheduler": "UniPC",
     "LCMScheduler": "LCM",
 }
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """One LoRA of a recipe.
-
-    Args:
-        name: the adapter's name; decides the order of summation.
-        file: name of its file, without the folder; empty if it came from none.
-        sha256: of the file, 64 hex digits; empty if it came from none.
-        weight: the user's strength.
-        role: the user's label of its frequency class.
-        category: what it draws.
-        frequency: the measured high-frequency share that ordered it, 0 to 1, if there was one.
-        window: the measured part of the run in which it acts, as fractions.
-
-    Raises:
-        CmloraError: if a value has the wrong type or is impossible.
-    """
-
-    name: str
-    file: str = ""
-    sha256: str = ""
-    weight: float = 1.0
-    role: Role | None = None
-    category: str | None = None
-    frequency: float | None = None
-    window: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        where = f"LoRA {self.name!r} of the recipe"
-        checks.text(where, "name", self.name, empty=False)
-        checks.text(where, "file", self.file)
-        if "/" in self.file or "\\" in self.file:
-            raise CmloraError(f"{where}: file is {self.file!r}, not a name without folders")
-        checks.text(where, "sha256", self.sha256)
-        if self.sha256 and (len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef")):
-            raise CmloraError(f"{where}: sha256 is {self.sha256!r}, not 64 hex digits")
-        object.__setattr__(self, "weight", checks.real(where, "weight", self.weight))
-        checks.choice(where, "role", self.role, (None, "high", "low"))
-        if self.category is not None:
-            checks.text(where, "category", self.category)
-        if self.frequency is not None:
-            object.__setattr__(self, "frequency", checks.real(where, "frequency", self.frequency))
-        if self.window is not None:
-            if not isinstance(self.window, (tuple, list)) or len(self.window) != 2:
-                raise CmloraError(f"{where}: window is {self.window!r}, not (start, end)")
-            edges = tuple(checks.real(where, "window", edge) for edge in self.window)
-            object.__setattr__(self, "window", edges)
+"""What web UIs call diffusers' schedulers."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +75,9 @@ class Recipe:
         cache: the cache policy as text.
         cut: (layer, block) of the UNet below which features are cached; ``None`` is the default.
         text_encoder: which LoRAs act on the text encoders: ``all``, ``none`` or ``per_lora``.
+        schedule: curves that multiply the LoRAs' weights, see `cmlora.schedules.parse`; empty for
+            none.
+        uncond: whose unconditional predictions are used: ``per_lora`` or ``shared``.
         negative_prompt: the negative prompt.
         guidance_scale: of classifier-free guidance.
         scheduler: class name of the scheduler; empty is the model's own.
@@ -146,6 +103,8 @@ class Recipe:
     cache: str = "none"
     cut: tuple[int, int] | None = None
     text_encoder: str = "all"
+    schedule: str = ""
+    uncond: str = "per_lora"
     negative_prompt: str = ""
     guidance_scale: float = 7.5
     scheduler: str = ""
@@ -157,13 +116,14 @@ class Recipe:
         where = "recipe"
         for name in ("model", "method", "cache"):
             checks.text(where, name, getattr(self, name), empty=False)
-        for name in ("prompt", "negative_prompt", "model_hash", "scheduler"):
+        for name in ("prompt", "negative_prompt", "model_hash", "scheduler", "schedule"):
             checks.text(where, name, getattr(self, name))
         checks.whole(where, "seed", self.seed, 0, 2**64 - 1)
         checks.whole(where, "index", self.index, 0, 2**63)
         for name in ("steps", "width", "height"):
             checks.whole(where, name, getattr(self, name), 1, 2**20)
         checks.choice(where, "text_encoder", self.text_encoder, ("all", "none", "per_lora"))
+        checks.choice(where, "uncond", self.uncond, ("per_lora", "shared"))
         checks.choice(where, "dtype", self.dtype, _DTYPES)
         guidance = checks.real(where, "guidance_scale", self.guidance_scale)
         object.__setattr__(self, "guidance_scale", guidance)
@@ -178,8 +138,13 @@ class Recipe:
         return hash(self.digest())
 
     def to_json(self) -> str:
-        """One line of JSON, ASCII, keys sorted: equal recipes give equal text."""
-        table = {_KEY: FORMAT, **asdict(self)}
+        """One line of JSON, ASCII, keys sorted: equal recipes give equal text.
+
+        What was added after the first version is left out where it is at its default, so that
+        recipes that do not use it stay the same and can be read by older versions.
+        """
+        table = {_KEY: FORMAT, **_without(asdict(self), _ADDED)}
+        table["loras"] = [_without(lora, _ADDED_TO_LORA) for lora in table["loras"]]
         return json.dumps(table, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -283,7 +248,7 @@ def infotext(recipe: Recipe) -> str:
     scheduler = recipe.scheduler
     values = {
         "Steps": str(recipe.steps),
-        "Sampler": _SAMPLERS.get(scheduler, scheduler.removesuffix("Scheduler")),
+        "Sampler": SAMPLERS.get(scheduler, scheduler.removesuffix("Scheduler")),
         "Schedule type": "Karras" if recipe.scheduler_config.get("use_karras_sigmas") else "",
         "CFG scale": f"{recipe.guidance_scale:g}",
         "Seed": str(recipe.image_seed()),
@@ -322,48 +287,26 @@ def save_png(image: Image, path: str | PathLike[str], recipe: Recipe) -> None:
 
 
 def from_png(path: str | PathLike[str]) -> Recipe:
-    """The recipe in a PNG; time and memory are bounded whatever the file is.
+    """The recipe in a picture; time and memory are bounded whatever the file is.
+
+    WebP and JPEG are read as well, see `cmlora.pictures`.
 
     Raises:
-        CmloraError: if there is no such file, it is no PNG, or it holds no valid recipe.
+        CmloraError: if there is no such file, it is no picture, or it holds no valid recipe.
     """
+    found = imagetext.texts(path)
+    if _KEY not in found:
+        hint = "; it has another program's text" if found.get("parameters") else ""
+        raise CmloraError(f"{path} holds no recipe; only pictures made by cmlora do{hint}")
     try:
-        with Path(path).open("rb") as file:
-            texts = [text for keyword, text in _texts(file, str(path)) if keyword == _KEY.encode()]
-    except OSError as error:
-        raise CmloraError(f"cannot read {path}: {error.strerror}") from None
-    if not texts:
-        raise CmloraError(f"{path} holds no recipe; only pictures made by cmlora do")
-    try:
-        return Recipe.from_json(texts[0])
+        return Recipe.from_json(found[_KEY])
     except CmloraError as error:
         raise CmloraError(f"{path}: {error}") from None
 
 
-def _texts(file: IO[bytes], name: str) -> Iterator[tuple[bytes, str]]:
-    """Keyword and text of every uncompressed text chunk (PNG specification, 11.3.3)."""
-    if file.read(8) != b"\x89PNG\r\n\x1a\n":
-        raise CmloraError(f"{name} is not a PNG; recipes are read from PNG files")
-    for _ in range(_CHUNKS):
-        head = file.read(8)
-        if len(head) < 8:
-            raise CmloraError(f"{name} is cut short; copy it again")
-        size, kind = struct.unpack(">I4s", head)
-        if kind == b"IEND":
-            return
-        if kind not in (b"tEXt", b"iTXt") or size > _LIMIT:
-            file.seek(size + 4, 1)
-            continue
-        data, check = file.read(size), file.read(4)
-        if check != struct.pack(">I", zlib.crc32(kind + data)):
-            raise CmloraError(f"{name} is damaged: a text chunk has the wrong checksum")
-        keyword, _, text = data.partition(b"\0")
-        if kind == b"iTXt":
-            compressed, text = text[:1] != b"\0", text[2:].split(b"\0", 2)[-1]
-            if compressed:
-                continue
-        yield keyword, text.decode("utf-8" if kind == b"iTXt" else "latin-1", errors="replace")
-    raise CmloraError(f"{name} has more than {_CHUNKS} chunks, which no picture has")
+def _without(table: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a table that are not at their defaults."""
+    return {k: v for k, v in table.items() if k not in defaults or v != defaults[k]}
 
 
 def _plain(name: str) -> str:

@@ -171,6 +171,7 @@ class Ensemble:
         text_weights: Mapping[str, float] | None = None,
         execution: Execution = "sequential",
         lora_scale: float | None = None,
+        count_macs: bool = False,
         schedule: str | Schedule = "",
         uncond: Uncond = "per_lora",
         composition_options: Mapping[str, Any] | None = None,
@@ -196,6 +197,7 @@ class Ensemble:
             execution: ``sequential``, ``batched`` or ``auto``.
             lora_scale: multiplies the strength of all LoRAs in the denoiser, whatever the family
                 calls the argument for it.
+            count_macs: fill ``report.macs``; see `cmlora.compose.compose`.
             schedule: curves that multiply the strengths, see `cmlora.compose.compose`.
             uncond: ``per_lora`` or ``shared``, see `cmlora.compose.compose`.
             composition_options: the method's own options.
@@ -248,8 +250,13 @@ class Ensemble:
 
 def default_cache(method: str | Strategy, pipe: Any) -> str:
     """The cache policy a method has in a pipeline unless told otherwise."""
-    cacheable = type(getattr(pipe, "unet", None)).__name__ == "UNet2DConditionModel"
-    return "nonuniform" if method == "cmlora" and cacheable else "none"
+    if method != "cmlora" or denoisers.few_steps(pipe) is not None:
+        return "none"
+    cacheable = (
+        type(model).__name__ == "UNet2DConditionModel" or denoisers.kind(model).stacks
+        for model in denoisers.find(pipe).values()
+    )
+    return "nonuniform" if all(cacheable) else "none"
 
 
 def _check_weight(name: str, weight: float) -> None:

@@ -1,5 +1,6 @@
 """From a recipe to its picture: write down everything a picture depends on, and carry it out."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from cmlora.caching.policy import parse
+from cmlora import denoisers
+from cmlora.caching.foreign import canonical
 from cmlora.caching.unet import Cut
-from cmlora.container import sha256
 from cmlora.cost import PassCost, pass_macs, shapes
 from cmlora.engine import Report
 from cmlora.errors import CmloraError
@@ -18,9 +19,16 @@ from cmlora.pipelines import library
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.ensemble import default_cache
 from cmlora.pipelines.models import EMBEDDED, fingerprint, resolve
-from cmlora.plan import Role, Strategy
+from cmlora.pipelines.overlap import overlap
+from cmlora.plan import Member, Role, Strategy
 from cmlora.recipe import Ingredient, Recipe, current_versions
+from cmlora.relevance import weighed
+from cmlora.schedules.parse import parse_schedule, write_schedule
+from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
+from cmlora.strategies.auto import choose
+
+_USUAL = 1024  # pixels, where a model does not say
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Wish:
         options: the method's own options, as values or texts.
         cache: text of a cache policy; ``None`` is the method's own.
         cut: layer and block where the cache cuts; ``None`` is the model's default.
-        text_encoder: ``all`` or ``none``.
+        text_encoder: ``all``, ``none`` or ``per_lora``.
         negative_prompt: what to avoid.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance; ``None`` is 7.5, or 4 for the embedded model.
@@ -47,6 +55,8 @@ class Wish:
     cache: str | None = None
     cut: tuple[int, int] | None = None
     text_encoder: str = "all"
+    schedule: str = ""
+    uncond: str = "per_lora"
     negative_prompt: str = ""
     steps: int = 30
     guidance_scale: float | None = None
@@ -76,9 +86,14 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
     if not wish.prompt.strip():
         raise CmloraError("there is no prompt; say what to draw")
     METHODS[wish.method]
+    wish, factors, _ = settled(pipe, wish)
     cache = default_cache(wish.method, pipe.pipe) if wish.cache is None else wish.cache
     width, height = _size(pipe, wish)
-    members = pipe.ensemble.members(pipe.ensemble.weights())
+    options = check_options(wish.method, wish.options or {})
+    weights = pipe.ensemble.weights()
+    weights = {name: weight * factors.get(name, 1.0) for name, weight in weights.items()}
+    members: Sequence[Member] = pipe.ensemble.members(weights)
+    members = weighed(pipe.pipe, wish.method, options, wish.prompt, members)
     guidance = native_guidance(pipe) if wish.guidance_scale is None else wish.guidance_scale
     return Recipe(
         model=str(pipe.ensemble.source),
@@ -93,13 +108,18 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
                 category=lora.applied.category,
                 frequency=member.frequency,
                 window=member.window,
+                scope=member.scope,
+                relevance=member.relevance,
+                importance=member.importance,
             )
             for member in sorted(members, key=lambda member: member.name)
             for lora in [pipe.loras[member.name]]
         ),
         method=wish.method,
-        options=check_options(wish.method, wish.options or {}),
-        cache=parse(cache).name,
+        options=options,
+        schedule=write_schedule(_checked_schedule(wish.schedule, weights)),
+        uncond=wish.uncond,
+        cache=canonical(cache),
         cut=wish.cut,
         text_encoder=wish.text_encoder,
         prompt=wish.prompt,
@@ -114,6 +134,47 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
         dtype=str(pipe.dtype).removeprefix("torch."),
         versions=current_versions(),
     )
+
+
+def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, dict[str, float], str]:
+    """What method "auto" comes to for a wish.
+
+    Args:
+        pipe: the model, with the LoRAs that take part loaded.
+        wish: what is asked for.
+
+    Returns:
+        the wish with a method, options and cache in place of "auto"; factors on the LoRAs'
+        weights; and the reason in one line. Any other wish as it is.
+    """
+    if wish.method != "auto":
+        return wish, {}, ""
+    options = check_options("auto", wish.options or {})
+    paths = {name: lora.path for name, lora in pipe.ensemble.loras.items()}
+    sizes, interference = overlap(paths)
+    chosen = choose(
+        pipe.ensemble.members(pipe.ensemble.weights()),
+        wish.steps,
+        budget=options.get("budget", 2.0),
+        cacheable=default_cache("cmlora", pipe.pipe) != "none",
+        interference=interference,
+        sizes=sizes,
+    )
+    settled_wish = replace(
+        wish,
+        method=chosen.method,
+        options=chosen.options,
+        cache=chosen.cache if wish.cache is None else wish.cache,
+        uncond=chosen.uncond if wish.uncond == "per_lora" else wish.uncond,
+    )
+    return settled_wish, dict(chosen.weights), chosen.reason
+
+
+def _checked_schedule(text: str, weights: Mapping[str, float]) -> Schedule:
+    """A schedule that names no other LoRAs than those that are composed."""
+    schedule = parse_schedule(text)
+    schedule.check(list(weights))
+    return schedule
 
 
 def render(
@@ -143,7 +204,15 @@ def render(
     weights = {lora.name: lora.weight for lora in recipe.loras}
     known = {member.name: member for member in pipe.ensemble.members(weights)}
     members = [
-        replace(known[lora.name], role=lora.role, frequency=lora.frequency, window=lora.window)
+        replace(
+            known[lora.name],
+            role=lora.role,
+            frequency=lora.frequency,
+            window=lora.window,
+            scope=lora.scope,
+            relevance=lora.relevance,
+            importance=lora.importance,
+        )
         for lora in recipe.loras
     ]
 
@@ -154,17 +223,18 @@ def render(
 
     output = pipe(
         recipe.prompt,
-        negative_prompt=recipe.negative_prompt or None,
+        **_guided(pipe.pipe, recipe),
         composition=recipe.method if strategy is None else strategy,
         lora_weights=weights,
         members=members,
         cache=recipe.cache,
         cut=None if recipe.cut is None else Cut(*recipe.cut),
         text_encoder=recipe.text_encoder,
+        schedule=recipe.schedule,
+        uncond=recipe.uncond,
         composition_options=recipe.options,
         seed=[recipe.image_seed()],
         num_inference_steps=recipe.steps,
-        guidance_scale=recipe.guidance_scale,
         width=recipe.width,
         height=recipe.height,
         callback_on_step_end=stepped,
@@ -242,15 +312,11 @@ def restore(
     place = model or recipe.model
     if recipe.model_hash != fingerprint(place):
         raise CmloraError(f"model {place} is not the one of the recipe: its hash differs")
-    found = {sha256(path): path for path in library.ids(place, folder).values()}
+    wanted = [(lora.file, lora.sha256) for lora in recipe.loras]
+    files = library.by_hash(wanted, model=place, folder=folder)
     pipe = assemble(place, (), dtype=recipe.dtype, device=device, config=config)
-    for lora in recipe.loras:
-        if lora.sha256 not in found:
-            raise CmloraError(
-                f"LoRA {lora.file} (sha256 {lora.sha256[:12]}..) is not among the embedded ones"
-                f"{' or' if folder else ';'} {f'in {folder}' if folder else 'name its folder'}"
-            )
-        pipe.load_lora_weights(found[lora.sha256], lora.name, weight=lora.weight, role=lora.role)
+    for lora, file in zip(recipe.loras, files, strict=True):
+        pipe.load_lora_weights(file, lora.name, weight=lora.weight, role=lora.role)
     kind: Any = getattr(diffusers, recipe.scheduler, None)
     schedulers = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
     if not schedulers:
@@ -290,15 +356,30 @@ def native_guidance(pipe: CMLoRAPipeline) -> float:
         from cmlora.emoji.weights import GUIDANCE
 
         return GUIDANCE
-    return 7.5
+    model = next(iter(denoisers.find(pipe.pipe).values()))
+    own = inspect.signature(pipe.pipe.__call__).parameters.get(denoisers.kind(model).guidance)
+    stated = own is not None and isinstance(own.default, float) and not hasattr(pipe.pipe, "unet")
+    return own.default if own is not None and stated else 7.5
 
 
 def native_size(pipe: Any) -> tuple[int, int]:
     """Width and height in pixels that a model was made for."""
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    side = denoiser.config.sample_size
+    denoiser = next(iter(denoisers.find(pipe).values()))
+    side = denoiser.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
+    side = side or _USUAL // pipe.vae_scale_factor
     height, width = side if isinstance(side, list | tuple) else (side, side)
     return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+
+
+def _guided(pipe: Any, recipe: Recipe) -> dict[str, Any]:
+    """Guidance as the pipeline's family takes it."""
+    row = denoisers.kind(next(iter(denoisers.find(pipe).values())))
+    said: dict[str, Any] = {row.guidance: recipe.guidance_scale}
+    if "negative_prompt" in inspect.signature(pipe.__call__).parameters:
+        said["negative_prompt"] = recipe.negative_prompt or None
+    elif recipe.negative_prompt:
+        raise CmloraError(f"{type(pipe).__name__} takes no negative prompt; leave it out")
+    return said
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,9 @@ ingredients = st.builds(
     category=st.none() | text,
     frequency=st.none() | finite,
     window=st.none() | st.tuples(finite, finite),
+    scope=st.sampled_from([None, "global", "local"]),
+    relevance=st.none() | finite,
+    importance=st.none() | st.lists(st.tuples(finite, finite), min_size=1, max_size=3).map(tuple),
 )
 recipes = st.builds(
     Recipe,
@@ -53,6 +56,8 @@ recipes = st.builds(
     options=tables,
     cut=st.none() | st.tuples(st.integers(0, 9), st.integers(-1, 9)),
     text_encoder=st.sampled_from(["all", "none", "per_lora"]),
+    schedule=text,
+    uncond=st.sampled_from(["per_lora", "shared"]),
     negative_prompt=text,
     guidance_scale=finite,
     scheduler=text,
@@ -126,7 +131,7 @@ def test_every_field_is_in_the_digest(name: str, simple: Recipe) -> None:
         type(None): (1, 1),
     }
     other: Any = others[type(getattr(simple, name))]
-    other = {"text_encoder": "none", "dtype": "float16"}.get(name, other)
+    other = {"text_encoder": "none", "dtype": "float16", "uncond": "shared"}.get(name, other)
     assert replace(simple, **{name: other}).digest() != simple.digest()
 
 
@@ -271,7 +276,7 @@ def test_other_files_are_refused(tmp_path: Path, simple: Recipe) -> None:
         module.from_png(tmp_path)
     path = tmp_path / "x.png"
     path.write_bytes(b"GIF89a")
-    with pytest.raises(CmloraError, match="is not a PNG"):
+    with pytest.raises(CmloraError, match="is no PNG, WebP or JPEG"):
         module.from_png(path)
     with pytest.raises(CmloraError, match=r"should end in \.png"):
         module.save_png(Image.new("RGB", (4, 4)), tmp_path / "x.jpg", simple)

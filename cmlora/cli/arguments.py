@@ -77,6 +77,27 @@ def weighted(text: str) -> tuple[str, float]:
     return reference, weight
 
 
+def tagged(prompt: str, schedule: str, loras: Sequence[str]) -> tuple[str, str, list[str]]:
+    """A prompt with LoRA tags in it, taken apart as `cmlora.schedules.parse` does.
+
+    Returns:
+        the prompt without tags, the schedule with them, and the LoRAs with those of the prompt
+        that were not among them.
+
+    >>> tagged("a cat <lora:ink:0.5>", "", ["cat:0.8"])
+    ('a cat', '<lora:ink:te=0.5:unet=0.5>', ['cat:0.8', 'ink'])
+    """
+    if "<lora:" not in prompt:
+        return prompt, schedule, list(loras)
+    from cmlora.schedules.parse import parse, write_schedule
+
+    found = parse(prompt)
+    known = {Path(weighted(text)[0]).stem for text in loras}
+    added = [name for name in found.schedule.names if name not in known]
+    text = f"{schedule} {write_schedule(found.schedule)}".strip()
+    return found.prompt, text, [*loras, *added]
+
+
 def pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
     """`key=value` texts as a mapping.
 

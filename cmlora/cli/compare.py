@@ -31,6 +31,8 @@ def compare(
     size: options.Size = "",
     cut: options.Cut = "",
     option: options.Settings = None,
+    schedule: options.Schedule = "",
+    uncond: options.Uncond = "per_lora",
     device: options.Device = None,
     destination: Annotated[
         Path, typer.Option("--out", help="Folder for pictures, grid.png and results.json.")
@@ -49,6 +51,8 @@ def compare(
         "negative_prompt": negative_prompt,
         "options": arguments.pairs("--option", option or ()),
         "cut": arguments.cut(cut),
+        "schedule": schedule,
+        "uncond": uncond,
         "steps": steps,
         "guidance_scale": guidance,
         "size": arguments.size(size) if size else None,

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cmlora import pictures
 from cmlora.cli import arguments, options
 from cmlora.cli.console import emit, err, out, progress, quiet_libraries, status
 from cmlora.errors import CmloraError
@@ -29,8 +30,10 @@ def generate(
     ] = "",
     cut: options.Cut = "",
     text_encoder: Annotated[
-        str, typer.Option(help="LoRAs in the text encoder: all or none.")
+        str, typer.Option(help="LoRAs in the text encoder: all, none or per_lora.")
     ] = "all",
+    schedule: options.Schedule = "",
+    uncond: options.Uncond = "per_lora",
     negative_prompt: options.NegativePrompt = "",
     steps: options.Steps = 30,
     guidance: options.Guidance = None,
@@ -39,10 +42,13 @@ def generate(
     device: options.Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     destination: Annotated[
-        Path, typer.Option("--out", help="The PNG to write; its recipe is inside.")
+        Path,
+        typer.Option(
+            "--out", help="The picture to write, .png, .webp or .jpg; its recipe is inside."
+        ),
     ] = Path("cmlora.png"),
     recipe: Annotated[
-        Path | None, typer.Option(help="A PNG made before: make exactly that picture again.")
+        Path | None, typer.Option(help="A picture made before: make exactly that one again.")
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -53,7 +59,8 @@ def generate(
     Again: [bold]cmlora generate --recipe a.png --out b.png[/bold]
     """
     _check_destination(destination)
-    loras = [arguments.weighted(text) for text in lora or ()]
+    prompt, schedule, named = arguments.tagged(prompt, schedule, lora or ())
+    loras = [arguments.weighted(text) for text in named]
     roles = arguments.roles(role or ())
     wished: dict[str, Any] = {
         "method": method,
@@ -61,6 +68,8 @@ def generate(
         "cache": cache or None,
         "cut": arguments.cut(cut),
         "text_encoder": text_encoder,
+        "schedule": schedule,
+        "uncond": uncond,
         "negative_prompt": negative_prompt,
         "steps": steps,
         "guidance_scale": guidance,
@@ -69,12 +78,19 @@ def generate(
     }
 
     from cmlora.pipelines.models import EMBEDDED
-    from cmlora.pipelines.render import Wish, assemble, pass_cost, render, restore, write_recipe
-    from cmlora.recipe import from_png, save_png
+    from cmlora.pipelines.render import (
+        Wish,
+        assemble,
+        pass_cost,
+        render,
+        restore,
+        settled,
+        write_recipe,
+    )
 
     quiet_libraries()
     if recipe is not None:
-        exact = from_png(recipe)
+        exact = pictures.read(recipe)
         with status("loading"):
             place = None if model == EMBEDDED else model
             pipe = restore(exact, model=place, folder=lora_dir, device=device, config=config)
@@ -90,10 +106,13 @@ def generate(
                 config=config,
             )
         wish = Wish(prompt or arguments.prompt_of(pipe), **wished)
+        _, _, reason = settled(pipe, wish)
+        if reason:
+            err.print(reason)
         exact = write_recipe(pipe, with_coefficients(pipe, wish))
     with progress(exact.method, exact.steps) as bar:
         made = render(pipe, exact, on_step=lambda: bar.advance(bar.task_ids[0]))
-    save_png(made.image, destination, exact)
+    pictures.save(made.image, destination, exact)
     if as_json:
         cost = pass_cost(pipe, exact)
         macs = None if cost is None else cost.of(made.report.full, made.report.light)
@@ -138,7 +157,6 @@ def _recipe(recipe: Any) -> dict[str, Any]:
 
 def _check_destination(path: Path) -> None:
     """Refuse before the work what cannot be written after it."""
-    if path.suffix.lower() != ".png":
-        raise CmloraError(f"--out {path}: pictures are written as .png")
+    pictures.check_name(path, "--out ")
     if not path.parent.is_dir():
         raise CmloraError(f"--out {path}: there is no folder {path.parent}")

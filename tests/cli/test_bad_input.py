@@ -91,7 +91,7 @@ def test_lora_files(model_folder: Path, tmp_path: Path, bad: Path, name: str, me
         (["--lora", "cat:inf"], "a number as weight"),
         (["--lora", "cta"], "'cta' not found"),
         (["--model", "no_such_model"], "no model 'no_such_model'"),
-        (["--out", "picture.jpg"], "written as .png"),
+        (["--out", "picture.bmp"], "written as .png"),
         (["--out", "no/such/folder/a.png"], "no folder"),
         (["--recipe", "missing.png"], "missing.png"),
         (["--dtype", "float7"], "float7"),
