@@ -234,7 +234,7 @@ def test_an_unknown_method_is_answered_with_near_names() -> None:
 
 
 @every_case
-@settings(deadline=None)
+@settings(deadline=None, max_examples=12)
 @given(count=st.integers(1, 12))
 def test_runs_of_any_length_have_plans(method: str, options: Mapping[str, Any], count: int) -> None:
     assert len(schedule(method, SET, count, "nonuniform", **options)) == count

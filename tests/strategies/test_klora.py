@@ -2,13 +2,17 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from cmlora.compose import compose
 from cmlora.plan import Member, Strength
 from cmlora.strategies import schedule
-from cmlora.strategies.klora import scale, table
+from cmlora.strategies.klora import masses, scale, table
+from tests import tiny
 from tests.references_strategies import klora_call, klora_gamma
 
 RANKS = (2, 3)
@@ -108,3 +112,46 @@ def test_a_module_of_one_lora_alone_is_always_its_own() -> None:
         assert owner(weights, "only") == ["cat"]
         assert owner(weights, "other") == ["ink"]
         assert len(owner(weights, "x")) == 1
+
+
+def test_masses_are_those_of_the_dense_updates() -> None:
+    """Linear layers and convolutions, with K the product of the ranks."""
+    pipe = tiny.sd15()
+    tiny.add_loras(pipe, ["cat"], rank=2)
+    tiny.add_loras(pipe, ["ink"], rank=3)
+    found = masses(pipe.unet, ["cat", "ink"])
+    assert set(found["cat"]) == set(found["ink"])
+    layers = dict(pipe.unet.named_modules())
+    kinds = set()
+    for path in found["cat"]:
+        layer = layers[path]
+        kinds.add(type(layer.get_base_layer()).__name__)
+        for name, rank in (("cat", 2), ("ink", 3)):
+            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            dense = (3 / rank * up.flatten(1) @ down.flatten(1)).detach().abs().flatten()
+            largest = dense.sort(descending=True).values[:6].sum()
+            assert found[name][path] == pytest.approx(
+                (float(largest), float(dense.sum())), rel=1e-4
+            )
+    assert kinds == {"Linear", "Conv2d"}
+
+
+def test_every_layer_has_one_lora_when_it_runs() -> None:
+    pipe = tiny.sd15()
+    tiny.add_loras(pipe, ["cat", "ink"])
+    seen: list[tuple[str, ...]] = []
+
+    def note(layer: Any, _: Any) -> None:
+        seen.append(tuple(layer.active_adapters) if not layer.disable_adapters else ())
+
+    handles = [
+        module.register_forward_pre_hook(note)
+        for module in pipe.unet.modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    with compose(pipe, ["cat", "ink"], method="klora"):
+        tiny.run(pipe, steps=2)
+    for handle in handles:
+        handle.remove()
+    assert {len(active) for active in seen} == {1}
+    assert {name for active in seen for name in active} == {"cat", "ink"}
