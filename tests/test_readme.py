@@ -21,6 +21,7 @@ from cmlora.caching.policy import POLICIES
 from cmlora.cli.app import app
 from cmlora.cli.cost import estimate
 from cmlora.eval.scorers import SCORERS
+from cmlora.forms import FORMS
 from cmlora.pipelines import library
 from cmlora.strategies import METHODS
 
@@ -48,6 +49,7 @@ TABLES = {
     "rules": RULES.table,
     "compressions": COMPRESSIONS.table,
     "tuners": TUNERS.table,
+    "forms": FORMS.table,
     "optimizers": OPTIMIZERS.table,
     "scorers": SCORERS.table,
 }
