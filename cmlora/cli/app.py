@@ -23,8 +23,10 @@ from cmlora.cli.merge import merge
 from cmlora.cli.methods import methods
 from cmlora.cli.pack import pack
 from cmlora.cli.profile import profile
-from cmlora.cli.ui import ui
+from cmlora.cli.replay import replay
+from cmlora.cli.schedule import schedule
 from cmlora.cli.train import train
+from cmlora.cli.ui import ui
 from cmlora.cli.unpack import unpack
 from cmlora.errors import CmloraError
 
@@ -89,8 +91,10 @@ def options(
 for command, panel in (
     (generate, PICTURES),
     (compare, PICTURES),
+    (replay, PICTURES),
     (cost, PICTURES),
     (profile, PICTURES),
+    (schedule, PICTURES),
     (ui, PICTURES),
     (inspect, FILES),
     (convert, FILES),
