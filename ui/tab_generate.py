@@ -127,7 +127,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
             dropped = gr.File(
                 label="Drop a picture made by cmlora to make it again",
                 file_types=[".png"],
-                height=96,
+                height=130,
                 elem_id="replay",
             )
     made = gr.State([])

@@ -104,7 +104,7 @@ def test_previews_reach_the_picture(warm: Studio) -> None:
 
 
 def test_panels_say_what_was_made(warm: Studio) -> None:
-    (picture,) = made(warm)
+    (picture,) = made(warm, steps=6)
     page = recipe_panel(picture.recipe, summary(picture))
     for words in ("the cat, the hat", "cmlora", "nonuniform", "full passes", "light", "MACs"):
         assert words in page

@@ -100,7 +100,7 @@ def test_twenty_requests_at_once_are_answered_in_order_and_not_mixed_up(
     server: Server, model_folder: Path, lora_folder: Path, tmp_path: Path
 ) -> None:
     requests = [
-        {**REQUEST, "seed": seed, "method": ("merge", "cmlora", "switch")[seed % 3]}
+        {**REQUEST, "steps": 1, "seed": seed, "method": ("merge", "cmlora", "switch")[seed % 3]}
         for seed in range(20)
     ]
     numbers = [_call(server.url, "generate", [request]) for request in requests]

@@ -108,7 +108,10 @@ def test_the_overlay_colours_what_was_painted() -> None:
     assert right[0] == right[1]  # type: ignore[index]
 
 
-def test_profiles_are_measured_kept_and_used(studio: Studio) -> None:
+def test_profiles_are_measured_kept_and_used(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmlora.ui.tab_understand._PROFILE_STEPS", 3)
     assert profiles(studio, order()) == {}
     assert "No profile" in profiles_html(studio, order())
     before = set(studio.settings.loras[0].iterdir())
