@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.data_classes import FileData
+from gradio.events import api
 
 from cmlora.errors import CmloraError
 from cmlora.ui.actions import Picture, generate, replay
@@ -91,10 +92,10 @@ def build(studio: Studio) -> None:
         (inspected, "inspect"),
         (cost, "cost"),
     ):
-        gr.api(function, api_name=name, concurrency_limit=4, concurrency_id="quick")
-    gr.api(pictures, api_name="generate", concurrency_limit=1, concurrency_id=PIPELINE)
-    gr.api(comparison, api_name="compare", concurrency_limit=1, concurrency_id=PIPELINE)
-    gr.api(stop, api_name="stop", queue=False)
+        api(function, api_name=name, concurrency_limit=4, concurrency_id="quick")
+    api(pictures, api_name="generate", concurrency_limit=1, concurrency_id=PIPELINE)
+    api(comparison, api_name="compare", concurrency_limit=1, concurrency_id=PIPELINE)
+    api(stop, api_name="stop", queue=False)
 
     def again(path: str, model: str, visit: gr.Request) -> tuple[str, str]:
         with _sentences(), studio.tickets.take(visitor(visit)) as ticket:

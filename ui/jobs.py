@@ -146,6 +146,7 @@ def stream(work: Callable[[Report], None], ticket: Ticket) -> Iterator[Event]:
 
     def run() -> None:
         try:
+            ticket.check()
             work(events.put)
         except BaseException as error:
             failure.append(error)
@@ -177,13 +178,29 @@ class Tickets:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[str, list[Ticket]] = {}
+        self._asked: dict[str, int] = {}
+        self._withdrawn: dict[str, int] = {}
+
+    def ask(self, visitor: str) -> int:
+        """The number of a request that will wait in the queue before it takes its ticket."""
+        with self._lock:
+            self._asked[visitor] = self._asked.get(visitor, 0) + 1
+            return self._asked[visitor]
 
     @contextmanager
-    def take(self, visitor: str) -> Iterator[Ticket]:
-        """A new ticket, as long as the block runs."""
+    def take(self, visitor: str, number: int | None = None) -> Iterator[Ticket]:
+        """A new ticket, as long as the block runs.
+
+        Args:
+            visitor: whose it is.
+            number: what `ask` gave; the ticket is stopped already if the visitor has said stop
+                since then.
+        """
         ticket = Ticket()
         with self._lock:
             self._held.setdefault(visitor, []).append(ticket)
+            if number is not None and number <= self._withdrawn.get(visitor, 0):
+                ticket.stop()
         try:
             yield ticket
         finally:
@@ -195,8 +212,9 @@ class Tickets:
                     del self._held[visitor]
 
     def stop(self, visitor: str) -> int:
-        """Stop everything of a visitor; says how much that was."""
+        """Stop everything of a visitor, what still waits included; says how much was running."""
         with self._lock:
+            self._withdrawn[visitor] = self._asked.get(visitor, 0)
             held = list(self._held.get(visitor, ()))
         for ticket in held:
             ticket.stop()

@@ -130,7 +130,9 @@ def check(order: Order, limits: Limits) -> Order:
         guidance=guidance,
         width=sides["width"],
         height=sides["height"],
-        **whole,
+        steps=whole["steps"],
+        pictures=whole["pictures"],
+        seed=whole["seed"],
     )
 
 

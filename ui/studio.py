@@ -305,7 +305,8 @@ def _recipe_scheduler(recipe: Recipe) -> Any:
     import diffusers
 
     kind: Any = getattr(diffusers, recipe.scheduler, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    schedulers = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if not schedulers:
         raise CmloraError(f"diffusers has no scheduler {recipe.scheduler[:60]!r}")
     levels = recipe.scheduler_config.get("num_train_timesteps", 1000)
     if not isinstance(levels, int) or not 1 <= levels <= _LEVELS:

@@ -83,14 +83,22 @@ def build(studio: Studio, rail: Rail, generate: Generate, tabs: gr.Tabs) -> gr.S
             said = gr.HTML(message(f"At most {limits.cells} pictures."), elem_id="grid-said")
             queue = gr.HTML("", elem_id="grid-queue")
             with gr.Row():
-                go = gr.Button("Compare", variant="primary", size="lg", elem_id="compare")
-                halt = gr.Button("Stop", size="lg", interactive=False, elem_id="compare-stop")
+                go = gr.Button(
+                    "Compare", variant="primary", size="lg", min_width=110, elem_id="compare"
+                )
+                halt = gr.Button(
+                    "Stop", size="lg", interactive=False, min_width=80, elem_id="compare-stop"
+                )
                 export = gr.DownloadButton(
-                    "Download grid", size="lg", interactive=False, elem_id="export-grid"
+                    "Download grid",
+                    size="lg",
+                    interactive=False,
+                    min_width=110,
+                    elem_id="export-grid",
                 )
     board = gr.HTML(elem_id="board", elem_classes="wide")
     cells = gr.State([])
-    sheet_state = gr.State(None)
+    sheet_state, asked = gr.State(None), gr.State(0)
     done = gr.State("")
     gr.HTML("<h2>Wipe between two pictures</h2>")
     with gr.Row():
@@ -114,6 +122,7 @@ def build(studio: Studio, rail: Rail, generate: Generate, tabs: gr.Tabs) -> gr.S
         ones: str,
         other: str,
         others: str,
+        number: int,
         request: gr.Request,
         *values: Any,
     ) -> Iterator[list[Any]]:
@@ -122,7 +131,7 @@ def build(studio: Studio, rail: Rail, generate: Generate, tabs: gr.Tabs) -> gr.S
         try:
             order = order_of(*values)
             sheet = _sheet(studio, which, order, words, text, (one, ones, other, others))
-            with studio.tickets.take(visitor(request)) as ticket:
+            with studio.tickets.take(visitor(request), number) as ticket:
                 yield _changed(
                     board=grid_html(sheet, found), cells=[], sheet=sheet, go=off, halt=on
                 )
@@ -163,20 +172,15 @@ def build(studio: Studio, rail: Rail, generate: Generate, tabs: gr.Tabs) -> gr.S
         on, off = gr.Button(interactive=True), gr.Button(interactive=False)
         return message("Stopped; the pictures so far are kept."), on, off
 
-    begin = go.click(
-        lambda: (
-            message("Waiting for its turn."),
-            gr.Button(interactive=False),
-            gr.Button(interactive=True),
-        ),
-        None,
-        [said, go, halt],
-        queue=False,
-        **quiet,
-    )
-    comparing = begin.then(
+    def on_press(request: gr.Request) -> tuple[int, str, Any, Any]:
+        number = studio.tickets.ask(visitor(request))
+        on, off = gr.Button(interactive=True), gr.Button(interactive=False)
+        return number, message("Waiting for its turn."), off, on
+
+    begin = go.click(on_press, None, [asked, said, go, halt], queue=False, **quiet)
+    begin.then(
         on_compare,
-        [kind, methods, seeds, first, firsts, second, seconds, *generate.inputs],
+        [kind, methods, seeds, first, firsts, second, seconds, asked, *generate.inputs],
         outputs,
         concurrency_id=PIPELINE,
         concurrency_limit=1,
@@ -184,7 +188,7 @@ def build(studio: Studio, rail: Rail, generate: Generate, tabs: gr.Tabs) -> gr.S
         show_progress="minimal",
         show_progress_on=queue,
     )
-    halt.click(on_stop, None, [said, go, halt], queue=False, cancels=[comparing], **quiet)
+    halt.click(on_stop, None, [said, go, halt], queue=False, **quiet)
     for side in (left, right):
         side.change(on_wipe, [left, right, sheet_state, cells], [curtain, recipe], **quiet)
     shape = [methods, seeds, pair, first, second]

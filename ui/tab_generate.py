@@ -84,7 +84,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
                     min_width=90,
                     elem_id="pictures",
                 )
-            with gr.Accordion("Negative prompt, sampler, cache, options", open=False):
+            with gr.Accordion("More settings", open=False):
                 negative = gr.Textbox(label="Negative prompt", lines=2, elem_id="negative")
                 with gr.Row():
                     sampler = gr.Dropdown(list(SAMPLERS), value="model's own", label="Sampler")
@@ -100,8 +100,12 @@ def build(studio: Studio, rail: Rail) -> Generate:
                 )
             cost = gr.HTML(elem_id="cost")
             with gr.Row():
-                go = gr.Button("Generate", variant="primary", size="lg", elem_id="generate")
-                halt = gr.Button("Stop", size="lg", interactive=False, elem_id="stop", scale=0)
+                go = gr.Button(
+                    "Generate", variant="primary", size="lg", min_width=160, elem_id="generate"
+                )
+                halt = gr.Button(
+                    "Stop", size="lg", interactive=False, min_width=100, scale=0, elem_id="stop"
+                )
         with gr.Column(scale=6, min_width=300):
             scene = gr.HTML(stage(), elem_id="stage")
             queue = gr.HTML("", elem_id="queue")
@@ -118,8 +122,10 @@ def build(studio: Studio, rail: Rail) -> Generate:
                 fit_columns=False,
             )
             with gr.Row():
-                save = gr.DownloadButton("Download PNG", interactive=False, elem_id="download")
-                to_compare = gr.Button("Send to compare", elem_id="to-compare")
+                save = gr.DownloadButton(
+                    "Download PNG", interactive=False, min_width=140, elem_id="download"
+                )
+                to_compare = gr.Button("Send to compare", min_width=140, elem_id="to-compare")
             recipe = gr.HTML(
                 message("The recipe of a picture appears here; it is also inside the PNG."),
                 elem_id="recipe",
@@ -130,7 +136,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
                 height=130,
                 elem_id="replay",
             )
-    made = gr.State([])
+    made, asked = gr.State([]), gr.State(0)
 
     fields = dict(
         zip(
@@ -164,8 +170,10 @@ def build(studio: Studio, rail: Rail) -> Generate:
     }
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
-    def on_generate(old: list[Picture], request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        with studio.tickets.take(visitor(request)) as ticket:
+    def on_generate(
+        number: int, old: list[Picture], request: gr.Request, *values: Any
+    ) -> Iterator[list[Any]]:
+        with studio.tickets.take(visitor(request), number) as ticket:
             yield from _follow(lambda: generate(studio, order_of(*values), ticket), old)
 
     def on_replay(
@@ -185,16 +193,15 @@ def build(studio: Studio, rail: Rail) -> Generate:
         picture = found[event.index]
         return _show(picture), recipe_panel(picture.recipe, summary(picture)), _file(picture)
 
-    def on_press() -> tuple[str, Any, Any]:
+    def on_press(request: gr.Request) -> tuple[int, str, Any, Any]:
         waiting = stage(words="Waiting for its turn.", kind="busy")
-        return waiting, _off(), gr.Button(interactive=True)
+        number = studio.tickets.ask(visitor(request))
+        return number, waiting, _off(), gr.Button(interactive=True)
 
-    begin = go.click(on_press, None, [scene, go, halt], queue=False, **quiet)
-    generating = begin.then(on_generate, [made, *fields.values()], shown, **running)
-    replaying = dropped.upload(on_replay, [made, dropped, rail.model], shown, **running)
-    halt.click(
-        on_stop, None, [scene, go, halt], queue=False, cancels=[generating, replaying], **quiet
-    )
+    begin = go.click(on_press, None, [asked, scene, go, halt], queue=False, **quiet)
+    begin.then(on_generate, [asked, made, *fields.values()], shown, **running)
+    dropped.upload(on_replay, [made, dropped, rail.model], shown, **running)
+    halt.click(on_stop, None, [scene, go, halt], queue=False, **quiet)
     gallery.select(on_select, made, [scene, recipe, save], **quiet)
     method.change(method_note, method, note, **quiet)
     rail.loras.change(

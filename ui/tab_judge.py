@@ -32,13 +32,17 @@ def build(studio: Studio, done: gr.State) -> None:
     )
     board = gr.HTML(duel_html(studio, "", None), elem_id="duel")
     with gr.Row(elem_classes="ballot"):
-        left = gr.Button("← Left", interactive=False, elem_id="vote-left")
-        tie = gr.Button("↓ Equal", interactive=False, elem_id="vote-tie")
-        right = gr.Button("Right →", interactive=False, elem_id="vote-right")
-        skip = gr.Button("Skip (S)", interactive=False, elem_id="vote-skip")
+        left = gr.Button("← Left", interactive=False, min_width=70, elem_id="vote-left")
+        tie = gr.Button("↓ Equal", interactive=False, min_width=70, elem_id="vote-tie")
+        right = gr.Button("Right →", interactive=False, min_width=70, elem_id="vote-right")
+        skip = gr.Button("Skip", interactive=False, min_width=70, elem_id="vote-skip")
     with gr.Row():
-        show = gr.Button("Show standings", interactive=False, elem_id="standings-show")
-        save = gr.DownloadButton("Export votes", interactive=False, elem_id="export-votes")
+        show = gr.Button(
+            "Show standings", interactive=False, min_width=140, elem_id="standings-show"
+        )
+        save = gr.DownloadButton(
+            "Export votes", interactive=False, min_width=140, elem_id="export-votes"
+        )
     table = gr.HTML(elem_id="standings")
     waiting, votes, current = gr.State([]), gr.State([]), gr.State("")
 

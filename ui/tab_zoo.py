@@ -45,7 +45,7 @@ def build(studio: Studio, rail: Rail) -> None:
     gr.HTML("<h2>Merge the selected LoRAs into one</h2>")
     with gr.Row():
         method = gr.Dropdown(list(MERGES), value="svd", label="Method", elem_id="merge-method")
-        rank = gr.Number(None, label="Largest rank", precision=0, elem_id="merge-rank")
+        rank = gr.Number(None, label="Largest rank (0: any)", precision=0, elem_id="merge-rank")
         options = gr.Textbox(label="Options", placeholder="density=0.5", elem_id="merge-options")
         name = gr.Textbox(label="Name of the result", elem_id="merge-name")
     note = gr.HTML(merge_note("svd", 0), elem_id="merge-note")
@@ -61,12 +61,14 @@ def build(studio: Studio, rail: Rail) -> None:
     found = gr.HTML(elem_id="inspected")
     with gr.Row():
         rule = gr.Dropdown(list(RULES), value="energy", label="Make it smaller", elem_id="rule")
-        keep = gr.Number(None, label="Keep", info="Share, rank or multiple.", elem_id="keep")
+        keep = gr.Number(None, label="Keep (0: the usual)", elem_id="keep")
         half = gr.Checkbox(label="In half precision", elem_id="half")
         shrink = gr.Button("Compress", elem_id="compress", scale=0, min_width=120)
     rule_note = gr.HTML(_rule_note("energy"))
     with gr.Row():
-        to_rank = gr.Number(None, label="Convert to an ordinary LoRA: largest rank", precision=0)
+        to_rank = gr.Number(
+            None, label="Convert to an ordinary LoRA; largest rank (0: exact)", precision=0
+        )
         turn = gr.Button("Convert", elem_id="convert", scale=0, min_width=120)
     changed = gr.HTML(elem_id="changed")
 

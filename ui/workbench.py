@@ -113,6 +113,7 @@ def merge(
         sources[library.adapter_name(path, sources)] = path
     found = [replace(_read(path), name=own) for own, path in sources.items()]
     target = _target(studio, name or f"{method}_{'_'.join(sources)}")
+    given: dict[str, Any] = dict(options or {})
     result = combine(
         found,
         list(loras.values()),
@@ -120,7 +121,7 @@ def merge(
         name=target.stem,
         rank=_rank(rank),
         advance=advance,
-        **dict(options or {}),
+        **given,
     )
     recipe = json.loads(result.lora.metadata["cmlora.merge"])
     recipe["sha256"] = [sha256(sources[own]) for own in recipe["loras"]]
@@ -232,7 +233,8 @@ def _target(studio: Studio, wish: str) -> Path:
 
 
 def _read(path: Path) -> LoRA:
-    return _plainly(path, lambda: read(path))
+    lora: LoRA = _plainly(path, lambda: read(path))
+    return lora
 
 
 def _write(lora: LoRA, target: Path) -> None:

@@ -109,6 +109,16 @@ def test_a_visitor_stops_only_their_own_work(warm: Studio) -> None:
     assert warm.tickets.stop("me") == 0
 
 
+def test_what_still_waits_can_be_withdrawn(warm: Studio) -> None:
+    number = warm.tickets.ask("me")
+    warm.tickets.stop("me")
+    later = warm.tickets.ask("me")
+    with warm.tickets.take("me", number) as ticket, pytest.raises(Stopped):
+        list(generate(warm, order(), ticket))
+    with warm.tickets.take("me", later) as ticket:
+        assert not ticket.stopped
+
+
 def test_a_failure_in_the_model_leaves_it_usable(warm: Studio) -> None:
     (before,) = made(warm)
     unet = warm.loaded("tiny").unet  # type: ignore[union-attr]

@@ -67,7 +67,7 @@ def test_strengths_are_where_the_likelihood_is_largest() -> None:
 
     def likelihood(ratings: np.ndarray) -> float:
         log = (ratings - 1000) * math.log(10) / 400
-        return sum(
+        return math.fsum(
             (wins[i, j] + 0.1 * (i != j)) * -math.log1p(math.exp(log[j] - log[i]))
             for i in range(3)
             for j in range(3)

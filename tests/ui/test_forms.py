@@ -97,6 +97,7 @@ def test_previews_reach_the_picture(warm: Studio) -> None:
         callback_on_step_end=look,
     ).images[0]
     for image in kept:
+        assert image is not None
         pairs = zip(image.tobytes(), final.tobytes(), strict=True)
         distances.append(sum(abs(a - b) for a, b in pairs))
     assert distances[-1] <= len(final.tobytes())  # rounding
