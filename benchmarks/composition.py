@@ -1,0 +1,140 @@
+"""From a run of the composition study to the tables and plots beside this file.
+
+README.md in this folder has the commands that make the run. Then
+
+    python benchmarks/composition.py RUN
+
+writes composition.md, composition.csv, composition.png and the plots; nothing is typed by hand.
+"""
+
+import argparse
+from pathlib import Path
+
+from cmlora.atomic import replacing
+from cmlora.eval.metrics import metric_of
+from cmlora.eval.report.gallery import contact_sheet, shelves
+from cmlora.eval.report.plots import quality_against_cost, quality_by_size
+from cmlora.eval.report.summary import (
+    Summary,
+    baseline_of,
+    findings,
+    focus_of,
+    summarise,
+)
+from cmlora.eval.report.tables import (
+    Table,
+    long_csv,
+    metric_table,
+    survival_table,
+    wins_table,
+)
+from cmlora.eval.study import Study
+
+HERE = Path(__file__).parent
+NAME = "composition"
+TABLES = ("instances", "classes", "fidelity", "clip_score", "gmacs", "seconds")
+PLOTTED = "instances"
+
+
+def verdict(summary: Summary, focus: str, metric: str = PLOTTED) -> str:
+    """One sentence: where the method stands, what is ahead of it, and at which price."""
+    value = {label: summary.cell(metric, label, None).value for label in summary.labels}
+    price = {label: summary.cell("gmacs", label, None).value for label in summary.labels}
+    sign = -1 if metric_of(metric).better == "less" else 1
+    ranked = sorted(summary.labels, key=lambda label: -sign * value[label])
+    ahead = ranked[: ranked.index(focus)]
+    place = f"`{focus}` is number {len(ahead) + 1} of {len(ranked)} by {metric_of(metric).title}"
+    parts = [f"{place} ({value[focus]:.3f}, at {price[focus]:.3g} GMACs per picture)"]
+    if ahead:
+        listed = ", ".join(
+            f"`{label}` ({value[label]:.3f}, {price[label] / price[focus]:.2f} times its cost)"
+            for label in ahead
+        )
+        parts.append(f"ahead of it are {listed}")
+    losing = [
+        n
+        for n in summary.sizes
+        if any(d.better for d in summary.differences(metric, focus, n).values())
+    ]
+    if losing:
+        parts.append(
+            "it is behind some method by more than chance for N = " + ", ".join(map(str, losing))
+        )
+    return "; ".join(parts) + "."
+
+
+def document(study: Study, summary: Summary, baseline: str, focus: str, plots: list[str]) -> str:
+    """composition.md."""
+    manifest = study.manifest
+    seeds = sorted({record.seed for record in summary.records})
+    sets = {n: len({r.ids for r in summary.records if r.n == n}) for n in summary.sizes}
+    counted = ", ".join(f"{count} sets of {n} LoRAs" for n, count in sets.items())
+    parts = [
+        "# Composition methods on the embedded world",
+        f"{len(summary.records)} pictures: {len(summary.labels)} methods, {counted}; "
+        f"seeds {', '.join(map(str, seeds))}, {manifest.steps} steps, guidance "
+        f"{manifest.guidance_scale:g}. All methods of a set and seed start from the same noise. "
+        f"Made by `python benchmarks/composition.py`; see [README.md](README.md). A ranking here "
+        "is no proof of the same ranking on other models.",
+        "## What it shows",
+        verdict(summary, focus),
+        *findings(summary, focus),
+        *(f"Note: {line}." for line in summary.missing()),
+        "## Tables",
+    ]
+    tables: list[Table | None] = [
+        metric_table(summary, metric_of(name), baseline)
+        for name in TABLES
+        if name in summary.values
+    ]
+    tables.append(survival_table(summary, "instance"))
+    title = f"Picture against picture, by {metric_of(PLOTTED).title}"
+    tables.append(wins_table(title, summary.labels, summary.wins(PLOTTED)))
+    parts += [table.markdown() for table in tables if table is not None]
+    parts += ["## Plots", *(f"![{name}]({name})" for name in plots)]
+    parts += [f"![one set per row]({NAME}.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Write everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--out", type=Path, default=HERE, help="where to (default: beside this)")
+    parser.add_argument("--baseline", help="method that tables compare with (default: merge)")
+    parser.add_argument("--focus", help="method that the text is about (default: cmlora)")
+    options = parser.parse_args()
+    study = Study(options.run)
+    summary = summarise(study)
+    if PLOTTED not in summary.values:
+        parser.error(f"the run has no {PLOTTED}: cmlora evaluate score {options.run}")
+    main_metric = metric_of(PLOTTED)
+    drawn = {
+        f"{NAME}_cost.svg": quality_against_cost(summary, main_metric, "gmacs"),
+        f"{NAME}_time.svg": quality_against_cost(summary, main_metric, "seconds"),
+        f"{NAME}_n.svg": quality_by_size(summary, main_metric),
+    }
+    drawn = {name: svg for name, svg in drawn.items() if svg}
+    focus, baseline = focus_of(summary, options.focus), baseline_of(summary, options.baseline)
+    text = document(study, summary, baseline, focus, list(drawn))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, content in {
+        f"{NAME}.md": text,
+        f"{NAME}.csv": long_csv(summary, baseline),
+        **drawn,
+    }.items():
+        with replacing(options.out / name) as file:
+            file.write(content.encode())
+    sheet = contact_sheet(study.folder, shelves(summary, 2), tile=96)
+    if sheet is not None:
+        with replacing(options.out / f"{NAME}.png") as file:
+            sheet.quantize(128).save(file, "PNG", optimize=True)
+    print(verdict(summary, focus))
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the text above."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Pictures compared pair by pair by a model that sees and reads."""

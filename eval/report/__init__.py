@@ -1,0 +1,1 @@
+"""From records and scores to tables, plots and pages."""

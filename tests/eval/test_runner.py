@@ -1,0 +1,353 @@
+"""The runner on a tiny testbed: nothing is lost, done twice, or different."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cmlora.errors import CmloraError
+from cmlora.eval import runner
+from cmlora.eval.jobs import job_key, jobs_of, planned_cost
+from cmlora.eval.records import Journal, rows
+from cmlora.eval.runner import Ears, estimate, pending, run
+from cmlora.eval.shard import Shard, launched, read_shard
+from cmlora.eval.study import Study
+from cmlora.eval.variants import read
+from cmlora.recipe import from_png
+from tests.eval import beds
+
+
+def test_every_job_is_there_once_with_its_facts(bed: Path, whole: Path) -> None:
+    study = Study(whole)
+    records = list(study.records().values())
+    assert len(rows((whole / "records").glob("*.jsonl"))) == len(records) == 4 * len(beds.WORDS)
+    assert {r.label for r in records} == set(beds.WORDS)
+    for record in records:
+        recipe = from_png(whole / record.image)
+        assert recipe.method == record.method
+        assert recipe.prompt == study.manifest.prompt_of(record.ids)
+        assert [lora.name.split("_", 1)[1] for lora in recipe.loras] == list(record.ids)
+        assert record.full + record.light == {"naive": 4, "merge": 4}.get(record.method, 8)
+        assert record.macs is not None
+        assert (record.light > 0) == (record.cache == "nonuniform")
+    assert study.manifest.name == "tiny"
+
+
+def test_planned_costs_are_the_ones_found(bed: Path, whole: Path) -> None:
+    studio = beds.open_studio(bed)
+    records = Study(whole).records()
+    jobs = beds.jobs_in(studio)
+    one = studio.cost(jobs[0].recipe)
+    assert one is not None
+    for job in jobs:
+        assert planned_cost(studio, job, one).macs == records[job.key].macs
+
+
+def test_methods_of_a_set_share_their_noise_and_sets_do_not(bed: Path) -> None:
+    jobs = beds.jobs_in(beds.open_studio(bed))
+    seeds = {job.ids: {j.recipe.image_seed() for j in jobs if j.ids == job.ids} for job in jobs}
+    assert all(len(found) == 1 for found in seeds.values())
+    assert len({seed for found in seeds.values() for seed in found}) == len(seeds)
+
+
+def test_a_job_is_its_content(bed: Path, tmp_path: Path) -> None:
+    """Neither the place of the files nor what else is asked for is part of the key."""
+    here, moved = beds.open_studio(bed), beds.save_bed(tmp_path / "moved")
+    there = beds.open_studio(moved)
+    jobs = {job.key for job in beds.jobs_in(here)}
+    assert {job.key for job in beds.jobs_in(there, (*beds.WORDS, "switch"))} > jobs
+    job = beds.jobs_in(here)[0]
+    changes: list[dict[str, Any]] = [
+        {"seed": 6},
+        {"prompt": "other"},
+        {"method": "merge"},
+        {"steps": 5},
+        {"loras": ()},
+        {"negative_prompt": "grey"},
+        {"guidance_scale": 2.0},
+        {"versions": {"cmlora": "0"}},
+    ]
+    keys = {job_key(replace(job.recipe, **change), here.model_hash) for change in changes}
+    assert len(keys | {job.key}) == len(changes) + 1
+    assert job_key(job.recipe, "other model") != job.key
+
+
+def test_pictures_do_not_depend_on_what_was_made_before(bed: Path, whole: Path) -> None:
+    """In another order, with room for two LoRAs only, and one method alone."""
+    expected = beds.pictures(whole)
+    studio = beds.open_studio(bed, room=2)
+    out = whole.parent / "other_order"
+    study = Study(out)
+    study.begin(studio, {}, None)
+    jobs = beds.jobs_in(studio)[::-1]
+    run(study, studio, jobs[:7])
+    found = beds.pictures(out)
+    assert len(found) == 7
+    assert all(expected[key] == picture for key, picture in found.items())
+    assert len(studio.pipe.loras) == 2
+
+
+def test_shards_make_the_same_pictures(bed: Path, whole: Path, tmp_path: Path) -> None:
+    """Three processes' parts of four sets, one after the other."""
+    words = beds.WORDS[2:]
+    made = [beds.work(bed, tmp_path / "out", words, shard=(i, 3)).made for i in range(3)]
+    assert made == [4, 2, 2]
+    same_bytes(tmp_path / "out", whole, words)
+
+
+def test_more_can_be_added_to_a_run(bed: Path, tmp_path: Path) -> None:
+    assert beds.work(bed, tmp_path, ("naive",)).made == 4
+    outcome = beds.work(bed, tmp_path, ("naive", "merge"))
+    assert (outcome.made, outcome.kept) == (4, 4)
+
+
+def test_a_picture_that_is_gone_is_made_again(bed: Path, tmp_path: Path) -> None:
+    beds.work(bed, tmp_path, ("naive",))
+    before = beds.pictures(tmp_path)
+    lost = tmp_path / next(iter(Study(tmp_path).records().values())).image
+    lost.unlink()
+    assert beds.work(bed, tmp_path, ("naive",)).made == 1
+    assert beds.pictures(tmp_path) == before
+
+
+def test_another_study_is_refused(bed: Path, whole: Path, tmp_path: Path) -> None:
+    other = beds.save_bed(tmp_path / "bed", steps=5)
+    with pytest.raises(CmloraError, match="holds a run with another testbed"):
+        beds.work(other, whole)
+    with pytest.raises(CmloraError, match="holds no run"):
+        Study(tmp_path).settings()
+
+
+def test_what_an_interruption_leaves_is_cleared_away(
+    bed: Path, whole: Path, tmp_path: Path
+) -> None:
+    """A half-written picture, a picture without a record, and a line that was cut short."""
+    studio, study = beds.open_studio(bed), Study(tmp_path)
+    study.begin(studio, {}, None)
+    jobs = beds.jobs_in(studio, ("naive",))
+    first = tmp_path / study.image_name(jobs[0])
+    first.parent.mkdir(parents=True)
+    orphan = first.parent / f".{first.name}.abc123"
+    orphan.write_bytes(b"half")
+    first.write_bytes(b"not recorded")
+    part = tmp_path / "records" / "part-00000.jsonl"
+    part.parent.mkdir()
+    part.write_bytes(b'{"key":"0000","error":"x"}\n{"key":"12')
+    run(study, studio, jobs)
+    assert not orphan.exists()
+    found = beds.pictures(tmp_path)
+    assert len(found) == 4
+    assert all(beds.pictures(whole)[key] == picture for key, picture in found.items())
+    assert len(rows([part])) == 5
+
+
+def test_failures_are_retried_and_do_not_stop_the_rest(
+    bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio, study = beds.open_studio(bed), Study(tmp_path)
+    jobs = beds.jobs_in(studio, ("naive",))
+    study.begin(studio, {}, None)
+    tries: dict[str, int] = {}
+    real = studio.render
+
+    def shaky(ids: Any, recipe: Any, on_step: Any = lambda: None) -> Any:
+        key = f"{ids}"
+        tries[key] = tries.get(key, 0) + 1
+        if ids == jobs[1].ids or (ids == jobs[2].ids and tries[key] == 1):
+            raise RuntimeError("out of\nmemory")
+        return real(ids, recipe, on_step)
+
+    monkeypatch.setattr(studio, "render", shaky)
+    outcome = run(study, studio, jobs)
+    assert outcome.made == 3
+    assert outcome.failed == {jobs[1].name: "RuntimeError: out of memory"}
+    assert study.failures() == {jobs[1].key: "RuntimeError: out of memory"}
+    monkeypatch.undo()
+    assert run(study, studio, jobs).made == 1
+    assert study.failures() == {}
+
+
+def test_hopeless_work_is_given_up(
+    bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio, study = beds.open_studio(bed), Study(tmp_path)
+    study.begin(studio, {}, None)
+    monkeypatch.setattr(runner, "PATIENCE", 3)
+    monkeypatch.setattr(studio, "render", None)
+    with pytest.raises(CmloraError, match="3 jobs in a row failed"):
+        run(study, studio, beds.jobs_in(studio))
+
+
+def test_a_shard_belongs_to_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "records" / "part-00000.jsonl"
+    with Journal(path), pytest.raises(CmloraError, match="another process"):
+        Journal(path).__enter__()
+    with Journal(path) as journal:
+        journal.append({"a": 1})
+    assert rows([path]) == [{"a": 1}]
+    path.write_bytes(b'{"a":1}\nbroken\n{"a":2}\n')
+    with pytest.raises(CmloraError, match="line 2 is damaged"):
+        rows([path])
+
+
+def test_shards_from_text_and_from_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_shard("2/5") == Shard(2, 5)
+    for wrong in ("5/5", "1", "a/b", "-1/2"):
+        with pytest.raises(CmloraError, match="INDEX/COUNT"):
+            read_shard(wrong)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launched() == Shard(3, 8, 1)
+    parts = [Shard(i, 8).share(range(30)) for i in range(8)]
+    assert sorted(n for part in parts for n in part) == list(range(30))
+
+
+def test_one_pass_is_timed(bed: Path) -> None:
+    studio = beds.open_studio(bed)
+    assert 0 < estimate(studio, beds.jobs_in(studio)[0]) < 60
+
+
+def test_options_go_to_the_methods_that_have_them(bed: Path) -> None:
+    studio = beds.open_studio(bed)
+    sets = studio.manifest.sample(2, 1)
+    jobs = jobs_of(studio, sets, read(("merge", "switch")), (0,), {"tau": "2"})
+    assert [job.recipe.options for job in jobs] == [{}, {"tau": 2}]
+    with pytest.raises(CmloraError, match="none of the methods has option 'tua'"):
+        jobs_of(studio, sets, read(("merge", "switch")), (0,), {"tua": "2"})
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+QUICK = ("naive", "cmlora@nonuniform")
+CONTEXT.set_forkserver_preload(["tests.eval.beds", "diffusers", "torch", "cmlora.compose"])
+
+
+def same_bytes(out: Path, whole: Path, words: tuple[str, ...]) -> None:
+    """All pictures of some methods, as they are in the undisturbed study."""
+    labels = {key: record.label for key, record in Study(whole).records().items()}
+    expected = {k: v for k, v in beds.pictures(whole).items() if labels[k] in words}
+    assert beds.pictures(out) == expected
+
+
+def killed(
+    bed: Path | str,
+    out: Path,
+    shard: tuple[int, int],
+    when: Any,
+    words: tuple[str, ...] = beds.WORDS,
+) -> None:
+    """Start a shard and kill it when `when` says so, unless it is done before."""
+    process = CONTEXT.Process(target=beds.work, args=(bed, out, words, shard))
+    process.start()
+    when(process)
+    if process.is_alive():
+        os.kill(process.pid or 0, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL)
+
+
+def lines(out: Path) -> int:
+    return sum(p.read_bytes().count(b"\n") for p in (out / "records").glob("*.jsonl"))
+
+
+def after(out: Path, more: int, pause: float) -> Any:
+    """A moment: when so many further lines are written, and a little later."""
+    target = lines(out) + more
+
+    def wait(process: Any) -> None:
+        while process.is_alive() and lines(out) < target:
+            time.sleep(0.002)
+        time.sleep(pause)
+
+    return wait
+
+
+def test_killed_studies_go_on(bed: Path, whole: Path, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    for more in (0, 1, 2):
+        killed(bed, tmp_path, (0, 1), after(tmp_path, more, rng.uniform(0, 0.05)), QUICK)
+    assert 3 <= lines(tmp_path) < 8
+    finished(bed, whole, tmp_path, 1, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("world", ["tiny", "emoji"])
+def test_thirty_kills(bed: Path, tmp_path: Path, world: str, count: int) -> None:
+    """At random moments from the start of the process on, in one shard after the other."""
+    place = bed if world == "tiny" else "emoji"
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert beds.work(place, whole).made == 16
+    rng = random.Random(count)
+    for number in range(30):
+        pause = rng.uniform(0, 0.4)
+        moment = after(out, rng.choice((0, 0, 1)), pause)
+        killed(place, out, (number % count, count), moment)
+        if lines(out) >= 16:
+            for path in (out / "records").glob("*.jsonl"):
+                path.unlink()  # pictures stay, and are made again over themselves
+    finished(place, whole, out, count)
+
+
+def finished(
+    bed: Path | str,
+    whole: Path,
+    out: Path,
+    count: int,
+    words: tuple[str, ...] = beds.WORDS,
+) -> None:
+    """After a last undisturbed start of every shard: each job once, and the same bytes."""
+    processes = [
+        CONTEXT.Process(target=beds.work, args=(bed, out, words, (i, count))) for i in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    records = rows((out / "records").glob("*.jsonl"))
+    assert len({row["key"] for row in records}) == len(records) == 4 * len(words)
+    same_bytes(out, whole, words)
+    assert not [p for p in (out / "images").rglob("*") if p.is_file() and p.suffix != ".png"]
+    studio = beds.open_studio(bed)
+    assert pending(Study(out), beds.jobs_in(studio, words)) == []
+
+
+def test_ears_hear_steps_and_jobs(bed: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
+    done: list[str] = []
+    ears = Ears(step=lambda: steps.append(1), done=lambda job, record: done.append(job.name))
+    beds.work(bed, tmp_path, ("naive",), ears=ears)
+    assert len(steps) == 4 * 4
+    assert len(set(done)) == 4
+
+
+def test_prompts_are_encoded_once_and_never_for_other_loras(bed: Path) -> None:
+    """Text encoders with LoRAs: what is remembered is what would be encoded."""
+    from cmlora.eval.studio import _Speech
+    from tests import tiny
+
+    pipe = tiny.sd15()
+    tiny.add_loras(pipe, ("cat", "hat"), text=True)
+    said: list[Any] = []
+    real = pipe.encode_prompt
+    pipe.text_encoder.register_forward_hook(lambda *_: said.append(1))
+    speech = _Speech(pipe)
+    for names, weights in ((["cat"], [1.0]), (["hat"], [1.0]), (["cat"], [0.5])):
+        pipe.set_adapters(names, weights)
+        expected = real("a cat", torch.device("cpu"), 1, True)
+        before = len(said)
+        for _ in range(2):
+            with speech:
+                found = pipe.encode_prompt("a cat", torch.device("cpu"), 1, True)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            found[0].zero_()
+        assert len(said) == before + 2  # prompt and empty prompt, the first time only
+    assert "encode_prompt" not in vars(pipe)
