@@ -21,6 +21,7 @@ from cmlora.caching.policy import POLICIES
 from cmlora.cli.app import app
 from cmlora.cli.cost import estimate
 from cmlora.eval.scorers import SCORERS
+from cmlora.eval.scorers import SCORERS
 from cmlora.forms import FORMS
 from cmlora.pipelines import library
 from cmlora.strategies import METHODS
@@ -49,6 +50,7 @@ TABLES = {
     "rules": RULES.table,
     "compressions": COMPRESSIONS.table,
     "tuners": TUNERS.table,
+    "scorers": SCORERS.table,
     "forms": FORMS.table,
     "optimizers": OPTIMIZERS.table,
     "scorers": SCORERS.table,
@@ -73,6 +75,9 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if "cm
 def test_commands_parse(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    if hasattr(command, "commands"):
+        name, *arguments = arguments
+        command = command.commands[name]
     if hasattr(command, "commands"):
         name, *arguments = arguments
         command = command.commands[name]

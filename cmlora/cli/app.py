@@ -16,6 +16,7 @@ from cmlora.cli.convert import convert
 from cmlora.cli.cost import cost
 from cmlora.cli.doctor import doctor
 from cmlora.cli.env import env
+from cmlora.cli.evaluate import evaluate
 from cmlora.cli.extract import extract
 from cmlora.cli.generate import generate
 from cmlora.cli.inspect import inspect
@@ -110,6 +111,7 @@ for command, panel in (
     (env, STUDIES),
 ):
     app.command(rich_help_panel=panel)(command)
+app.add_typer(evaluate, name="evaluate", rich_help_panel=STUDIES)
 
 
 def main() -> None:
