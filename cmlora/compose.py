@@ -21,6 +21,7 @@ from cmlora.caching.unet import Cut, UNetCache
 from cmlora.engine import HOOK, CompositionHook
 from cmlora.errors import CmloraError
 from cmlora.hooks import Attachment, forget_children, hook_of
+from cmlora.macs import MacCounter
 from cmlora.members import check_loaded, described, unknown
 from cmlora.plan import Member, Plan, Policy, Role, Step, Strategy
 from cmlora.prompts import Prompts
@@ -92,6 +93,7 @@ def compose(
     schedule: str | Schedule = "",
     uncond: Uncond = "per_lora",
     prompt: str | None = None,
+    count_macs: bool = False,
     **options: Any,
 ) -> Composition:
     """Compose LoRAs that are loaded in a diffusers pipeline.
@@ -130,6 +132,8 @@ def compose(
         uncond: whether every LoRA makes an unconditional prediction of its own, or all use the
             base model's ("shared"), which saves nearly half of a method with many passes.
         prompt: what is going to be drawn, for methods that weigh LoRAs by it.
+        count_macs: count multiply-accumulates, attention included, for ``Report.macs``; slows the
+            first pass of every kind down.
         options: options of the method.
 
     Raises:
@@ -192,6 +196,7 @@ def compose(
         method=label,
         options=chosen,
         prepare=prepare,
+        counter=MacCounter() if count_macs else None,
     )
     caches = {name: _cache(model, policy, cut) for name, model in models.items()}
     with ExitStack() as stack:

@@ -197,7 +197,7 @@ def few_steps(pipe: Any) -> str | None:
         name = str(each.get("_name_or_path") or "")
         if _DISTILLED.search(name.rpartition("/")[2]):
             return f"it is {name}"
-    model = getattr(pipe, "transformer", None)
+    model: Any = getattr(pipe, "transformer", None)
     if type(model).__name__ == "FluxTransformer2DModel" and hasattr(pipe, "config"):
         shifting = getattr(pipe.scheduler, "config", {}).get("use_dynamic_shifting", True)
         if not (model.config.guidance_embeds or shifting):

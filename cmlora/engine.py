@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import ModelHook
@@ -17,6 +17,7 @@ from cmlora import halves, outputs
 from cmlora.batching import Execution, Gauge, MixedBatch, Unbatchable, split
 from cmlora.caching.contexts import Contexts
 from cmlora.caching.store import FeatureCache
+from cmlora.calls import Call, Slot
 from cmlora.denoisers import STEERING, Kind, kind
 from cmlora.errors import CmloraError
 from cmlora.latents import as_tensor, layout
@@ -43,31 +44,6 @@ class _NoState(BaseState):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Nothing to reset."""
-
-
-class _Slot(NamedTuple):
-    """What a pass's features are kept under."""
-
-    loras: tuple[str, ...]
-    ordinal: int
-    branch: str
-    shape: tuple[int, ...]
-
-    @property
-    def context(self) -> str:
-        """A name for diffusers' cache context."""
-        return f"{self.branch}/{self.loras!r}#{self.ordinal}"
-
-
-class _Call(NamedTuple):
-    """One call of the denoiser by the pipeline."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    tick: Tick
-    context: CacheContext | None
-    sample: torch.Tensor | None
-    guidance: float | None
 
 
 class CompositionHook(ModelHook):  # type: ignore[misc]
@@ -108,8 +84,8 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         self._kind = Kind("")
         self._positions: dict[str, int] = {}
         self._others: Contexts | None = None
-        self._kept: dict[_Slot, torch.Tensor] = {}
-        self._strengths: dict[_Slot, Mapping[str, Strength]] = {}
+        self._kept: dict[Slot, torch.Tensor] = {}
+        self._strengths: dict[Slot, Mapping[str, Strength]] = {}
 
     @property
     def report(self) -> Report:
@@ -154,7 +130,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         sample = as_tensor(self._argument(_SAMPLE, args, kwargs))
         maps = layout(self._kind, sample, lambda name: self._argument((name,), args, kwargs))
         latent = None if sample is None else maps.unpack(sample)
-        call = _Call(args, kwargs, tick, context, sample, None)
+        call = Call(args, kwargs, tick, context, sample, None)
         call = call._replace(guidance=self._guidance(call))
         plan = self._run.plan(tick, latent, call.guidance)
         if len(plan.passes) > 1 and kwargs.get("kv_cache_mode") is not None:
@@ -170,7 +146,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             self._run.observed(plan.observe(latent, maps.unpack(stacked)))
         return outputs.combine(results, plan, maps, previous)
 
-    def _results(self, plan: Plan, slots: Sequence[_Slot], call: _Call) -> list[Any]:
+    def _results(self, plan: Plan, slots: Sequence[Slot], call: Call) -> list[Any]:
         """The outputs of all passes, in their order."""
         if self._cache is not None and self._steered(call):
             for slot in slots:
@@ -205,7 +181,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         return results
 
     def _keep(
-        self, plan: Plan, slots: Sequence[_Slot], results: Sequence[Any]
+        self, plan: Plan, slots: Sequence[Slot], results: Sequence[Any]
     ) -> torch.Tensor | None:
         """Keep outputs for the next step; gives those of the step before in the same order."""
         known = [self._kept.get(slot) for slot in slots]
@@ -216,7 +192,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         whole = [row for row in known if row is not None and row.shape == rows[0].shape]
         return torch.stack(whole) if len(whole) == len(slots) else None
 
-    def _slots(self, plan: Plan, call: _Call) -> list[_Slot]:
+    def _slots(self, plan: Plan, call: Call) -> list[Slot]:
         """A slot per pass, never the same twice."""
         seen: Counter[tuple[str, ...]] = Counter()
         slots = []
@@ -225,12 +201,12 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             branch, shape = call.tick.branch, _shape(call.sample)
             if call.guidance is not None and single.branch != "both":
                 shape = (shape[0] // 2, *shape[1:])
-            slots.append(_Slot(loras, seen[loras], branch, shape))
+            slots.append(Slot(loras, seen[loras], branch, shape))
             seen[loras] += 1
         return slots
 
     def _groups(
-        self, plan: Plan, slots: Sequence[_Slot], call: _Call, wanted: Sequence[int]
+        self, plan: Plan, slots: Sequence[Slot], call: Call, wanted: Sequence[int]
     ) -> list[list[int]]:
         """Which of the wanted passes run in one call."""
         alone = [[index] for index in wanted]
@@ -249,7 +225,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         groups = self._mixed.groups([plan.passes[i] for i in wanted], light, most)
         return [[wanted[i] for i in group] for group in groups]
 
-    def _check_batching(self, plan: Plan, call: _Call) -> None:
+    def _check_batching(self, plan: Plan, call: Call) -> None:
         if self._others:
             raise Unbatchable(
                 "passes cannot be batched while one of diffusers' caches is on: it keeps one "
@@ -261,7 +237,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             raise Unbatchable("passes cannot be batched: the pictures have different sizes")
         self._mixed.check(sorted({name for single in plan.passes for name in single.weights}))
 
-    def _one(self, single: Pass, slot: _Slot, call: _Call, side: halves.Side) -> Any:
+    def _one(self, single: Pass, slot: Slot, call: Call, side: halves.Side) -> Any:
         """One pass through the original denoiser."""
         self._switch.activate(single.weights)
         args, kwargs = call.args, call.kwargs
@@ -275,10 +251,11 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             measuring = self._gauge.measuring(call.sample.device)
         with measuring, self._isolated(slot, call), self._cached([slot], [single], call) as light:
             self._run.count(single, light=light, side=side)
-            return self.fn_ref.original_forward(*args, **_own(kwargs))
+            with self._run.counting((slot.loras, slot.shape, side, light)):
+                return self.fn_ref.original_forward(*args, **_own(kwargs))
 
     def _together(
-        self, passes: Sequence[Pass], slots: Sequence[_Slot], call: _Call, side: halves.Side
+        self, passes: Sequence[Pass], slots: Sequence[Slot], call: Call, side: halves.Side
     ) -> list[Any]:
         """Several passes as one batch; one by one once the model has turned out to mix samples."""
         try:
@@ -290,7 +267,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             return [self._one(p, s, call, side) for p, s in zip(passes, slots, strict=True)]
 
     def _many(
-        self, passes: Sequence[Pass], slots: Sequence[_Slot], call: _Call, side: halves.Side
+        self, passes: Sequence[Pass], slots: Sequence[Slot], call: Call, side: halves.Side
     ) -> list[Any]:
         """Several passes as one batch."""
         assert call.sample is not None
@@ -301,14 +278,16 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             name: self._mixed.repeat(name, value, times, batch) for name, value in named.items()
         }
         with self._mixed.names(passes, batch), self._cached(slots, passes, call) as light:
-            output = self.fn_ref.original_forward(**_own(repeated))
+            loras = tuple(slot.loras for slot in slots)
+            with self._run.counting((loras, slots[0].shape, side, light)):
+                output = self.fn_ref.original_forward(**_own(repeated))
         for single in passes:
             self._run.count(single, light=light, side=side)
         parts = split(outputs.leaf(output), times)
         return [outputs.replace_leaf(output, part) for part in parts]
 
     def _cached(
-        self, slots: Sequence[_Slot], passes: Sequence[Pass], call: _Call
+        self, slots: Sequence[Slot], passes: Sequence[Pass], call: Call
     ) -> AbstractContextManager[bool]:
         """Within the context the denoiser replays or records the slots' features."""
         if self._cache is None:
@@ -322,13 +301,13 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
                 self._strengths[slot] = single.weights
         return self._cache.run(*slots, reuse=reuse, record=record, at=call.tick.index)
 
-    def _reusable(self, single: Pass, slot: _Slot) -> bool:
+    def _reusable(self, single: Pass, slot: Slot) -> bool:
         """Whether a pass may be light: its slot holds features made with about its strengths."""
         if self._cache is None or not (single.may_reuse and self._cache.holds(slot)):
             return False
         return alike(single.weights, self._strengths.get(slot, single.weights))
 
-    def _isolated(self, slot: _Slot, call: _Call) -> AbstractContextManager[None]:
+    def _isolated(self, slot: Slot, call: Call) -> AbstractContextManager[None]:
         """Give other caches on the denoiser a state of their own for every pass."""
         if not self._others:
             return nullcontext()
@@ -349,11 +328,11 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         if self._cache is not None:
             self._cache.clear()
 
-    def _steered(self, call: _Call) -> bool:
+    def _steered(self, call: Call) -> bool:
         """Whether something enters where a light pass skips (a ControlNet, an adapter)."""
         return any(self._argument((name,), call.args, call.kwargs) is not None for name in STEERING)
 
-    def _guidance(self, call: _Call) -> float | None:
+    def _guidance(self, call: Call) -> float | None:
         """The guidance scale if the first half of this call's batch is the unconditional one."""
         whole = call.sample is not None and len(call.sample) % 2 == 0
         if self._kind.first != "uncond" or call.context is not None or not whole:
@@ -367,7 +346,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         except ValueError:
             return None
 
-    def _named(self, call: _Call) -> dict[str, Any]:
+    def _named(self, call: Call) -> dict[str, Any]:
         """All arguments of a call by name."""
         given = zip(self._positions, call.args, strict=False)
         return {**dict(given), **call.kwargs}

@@ -27,6 +27,7 @@ from cmlora.strategies import METHODS, check_options
 from cmlora.switching import AdapterSwitch
 
 _SAMPLE = ("sample", "hidden_states", "x")
+_PREDICTIONS = ["pred_cond", "pred_uncond"]
 
 
 class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
@@ -50,7 +51,7 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
         CmloraError: for an unknown method, option or inner guider.
     """
 
-    _input_predictions = ("pred_cond", "pred_uncond")
+    _input_predictions = _PREDICTIONS
 
     def __init__(
         self,
@@ -59,12 +60,9 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
         method: str = "composite",
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self._input_predictions = list(type(self)._input_predictions)
         super().__init__()
         self.inner = _guider(inner)
-        if not isinstance(loras, Mapping) and any(not isinstance(each, str) for each in loras):
-            loras = {name: float(weight) for name, weight in loras}
-        self._members = described(loras, None, {}, {})
+        self._members = described(_strengths(loras), None, {}, {})
         self._strategy = METHODS[method].object
         self._options = check_options(method, options or {})
         self._plan: Plan | None = None
@@ -205,13 +203,20 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
         self._maps = layout(kind(module), tensor, kwargs.get)
 
 
+def _strengths(loras: Any) -> Any:
+    """Pairs, which a saved configuration holds because they keep their order, as a mapping."""
+    if isinstance(loras, str | Mapping) or all(isinstance(each, str) for each in loras):
+        return loras
+    return {name: float(weight) for name, weight in loras}
+
+
 def _guider(inner: Any) -> Any:
     """The inner guider."""
     if inner is None:
         return ClassifierFreeGuidance()
     if isinstance(inner, Mapping):
         name = inner.get("_class_name", "")
-        found = getattr(diffusers, str(name), None)
+        found: Any = getattr(diffusers, str(name), None)
         if not (isinstance(found, type) and issubclass(found, BaseGuidance)):
             raise CmloraError(f"diffusers has no guider {name!r}")
         return found.from_config(dict(inner))

@@ -34,7 +34,8 @@ class Layout:
             return latent
         rows, columns = self.grid
         patches = latent[..., : rows * columns, :]
-        patches = patches.unflatten(-1, (-1, _PATCH, _PATCH)).unflatten(-4, (rows, columns))
+        patches = torch.unflatten(patches, -1, (-1, _PATCH, _PATCH))
+        patches = torch.unflatten(patches, -4, (rows, columns))
         # (.., rows, columns, C, 2, 2) to (.., C, rows, 2, columns, 2)
         order = (-3, -5, -2, -4, -1)
         leading = range(-patches.ndim, -5)
@@ -44,11 +45,12 @@ class Layout:
     def pack(self, maps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The inverse of `unpack`; what it left out is taken from ``like``."""
         if self.frames is not None:
-            return maps.unflatten(-4, (-1, self.frames)).transpose(-4, -3)
+            return torch.unflatten(maps, -4, (-1, self.frames)).transpose(-4, -3)
         if self.grid is None:
             return maps
         rows, columns = self.grid
-        split = maps.unflatten(-1, (columns, _PATCH)).unflatten(-3, (rows, _PATCH))
+        split = torch.unflatten(maps, -1, (columns, _PATCH))
+        split = torch.unflatten(split, -3, (rows, _PATCH))
         # (.., C, rows, 2, columns, 2) to (.., rows, columns, C, 2, 2)
         leading = range(-split.ndim, -5)
         tokens = split.permute(*leading, -4, -2, -5, -3, -1).flatten(-3, -1).flatten(-3, -2)

@@ -167,7 +167,7 @@ class Prompts:
         if isinstance(found[0], _Whole):
             return own[found[0].tensor].to(value)
         parts = [
-            row if match is None else own[match.tensor][match.row].to(row)
+            own[match.tensor][match.row].to(row) if isinstance(match, _Row) else row
             for row, match in zip(value, found, strict=True)
         ]
         return torch.stack(parts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cmlora.denoisers import doubled_guidance
+from cmlora.macs import MacCounter
 from cmlora.plan import Member, Pass, Plan, Policy, Step, Strategy
 from cmlora.tracker import StepTracker, Tick
 
@@ -58,6 +60,7 @@ class Run:
         method: the strategy's name in reports.
         options: keyword arguments of the strategy.
         prepare: called at the first denoiser call of every run.
+        counter: counts multiply-accumulates, or ``None``.
     """
 
     def __init__(
@@ -70,7 +73,12 @@ class Run:
         method: str = "",
         options: Mapping[str, Any] | None = None,
         prepare: Callable[[], None] = lambda: None,
+        counter: MacCounter | None = None,
     ) -> None:
+        self._observed: tuple[Mapping[str, float], ...] = ()
+        self._changes: tuple[float, ...] = ()
+        self._previous: Tensor | None = None
+        self._counter = counter
         self.policy = policy
         self._strategy = strategy
         self._members = tuple(members)
@@ -94,6 +102,7 @@ class Run:
             full=dict(self._full),
             light=dict(self._light),
             seconds=self._stopped - self._started,
+            macs=None if self._counter is None else self._counter.total,
         )
 
     @property
@@ -156,6 +165,10 @@ class Run:
         share: Any = 1 if side == "both" else 0.5
         (self._light if light else self._full)[single.key] += share
 
+    def counting(self, kind: Hashable) -> AbstractContextManager[None]:
+        """A context for one pass; passes of the same kind cost the same."""
+        return nullcontext() if self._counter is None else self._counter.around(kind)
+
     def stop(self, now: float) -> None:
         """Note the end of a call."""
         self._stopped = now
@@ -169,13 +182,15 @@ class Run:
     def _open(self, now: float) -> None:
         """Start the books; nothing of an earlier run may reach into this one."""
         self._steps = 0
+        if self._counter is not None:
+            self._counter.begin()
         self._full.clear()
         self._light.clear()
         self._started = self._stopped = now
         self._timestep = 0.0
-        self._observed: tuple[Mapping[str, float], ...] = ()
-        self._changes: tuple[float, ...] = ()
-        self._previous: Tensor | None = None
+        self._observed = ()
+        self._changes = ()
+        self._previous = None
         self._plan = _EMPTY
 
     def _compare(self, sample: Tensor | None) -> None:

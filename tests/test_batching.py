@@ -26,7 +26,8 @@ class Net(nn.Module):
         self.second = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x).flatten(0, 1))
+        result: torch.Tensor = self.second(self.first(x).flatten(0, 1))
+        return result
 
 
 def net(config: Any = None, targets: tuple[str, ...] = ("first",)) -> MixedBatch:

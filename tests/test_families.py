@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cmlora import denoisers
+from cmlora.batching import Execution
 from cmlora.compose import compose
 from cmlora.latents import layout
 from cmlora.plan import Member, Pass, Plan, Policy, Step
@@ -120,7 +121,8 @@ def test_features_of_loras_never_mix(denoiser: Family) -> None:
 def test_what_goes_on_comes_off(denoiser: Family) -> None:
     activate(denoiser, "alice", 0.4)
     before, output = state(denoiser.pipe), denoiser.run()
-    for cache, execution in (("none", "batched"), ("uniform:2", "sequential")):
+    ways: tuple[tuple[str, Execution], ...] = (("none", "batched"), ("uniform:2", "sequential"))
+    for cache, execution in ways:
         with compose(denoiser.pipe, NAMES, method="composite", cache=cache, execution=execution):
             denoiser.run()
         assert state(denoiser.pipe) == before
@@ -188,7 +190,7 @@ def unpacked(family: Family, latent: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = pipe._unpack_latents(latent, 64, 64, pipe.vae_scale_factor)
         return result
     if kind.family == "FLUX.2":
-        grid = latent.transpose(1, 2).unflatten(2, (4, 4))
+        grid = torch.unflatten(latent.transpose(1, 2), 2, (4, 4))
         final: torch.Tensor = pipe._unpatchify_latents(grid)
         return final
     return latent
@@ -206,6 +208,7 @@ def test_packing_undoes_unpacking() -> None:
     stacked = torch.stack([tokens, -tokens])
     assert torch.equal(maps.pack(maps.unpack(stacked), stacked), stacked)
     video = families.embedding(2, 4, 3, 6, 6)
-    frames = layout(denoisers.KINDS["WanTransformer3DModel"], video, {}.get)
+    nothing: dict[str, torch.Tensor] = {}
+    frames = layout(denoisers.KINDS["WanTransformer3DModel"], video, nothing.get)
     assert torch.equal(frames.unpack(video)[1], video[0, :, 1])
     assert torch.equal(frames.pack(frames.unpack(video), video), video)

@@ -116,7 +116,7 @@ def test_second_order_flow_schedulers(name: str) -> None:
     made = families.family(name)
     kept = made.pipe.scheduler
     made.pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
-    sigmas = {"sigmas": None} if name == "sd3" else {}
+    sigmas: dict[str, Any] = {"sigmas": None} if name == "sd3" else {}
     seen: list[Step] = []
     try:
         if name == "flux":  # hands the scheduler its own sigmas, which Heun does not take

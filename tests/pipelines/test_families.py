@@ -1,0 +1,53 @@
+"""`CMLoRAPipeline` around transformers, with LoRA files as diffusers saves them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
+from cmlora.pipelines.ensemble import default_cache
+from tests import families
+
+
+def saved(family: families.Family, name: str, folder: Path) -> Path:
+    """A LoRA of the family's denoiser as a file; it says nothing of alpha, which was 1.5 ranks."""
+    layers = get_peft_model_state_dict(family.models()[0], adapter_name=name)
+    file = f"{name}.safetensors"
+    type(family.pipe).save_lora_weights(folder, transformer_lora_layers=layers, weight_name=file)
+    return folder / file
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "sana", "sd3"])
+def test_files_are_loaded_and_composed(name: str, tmp_path: Path) -> None:
+    family = families.family(name)
+    files = [saved(family, lora, tmp_path) for lora in families.NAMES]
+    family.models()[0].set_adapters(["ink"], [1.0])
+    family.models()[0].requires_grad_(False)
+    expected = family.run()
+    fresh = families.FAMILIES[name]()
+    fresh.pipe.set_progress_bar_config(disable=True)
+    pipe = CMLoRAPipeline(fresh.pipe)
+    for file in files:
+        pipe.load_lora_weights(file, weight=1.5)
+
+    def draw(**options: Any) -> torch.Tensor:
+        fresh.pipe, kept = pipe, fresh.pipe  # so that the wrapper is called
+        try:
+            return fresh.run(**options)
+        finally:
+            fresh.pipe = kept
+
+    single = {"composition": "composite", "cache": "none"}
+    result = draw(lora_weights={"ink": 1.5}, **single)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    half = draw(lora_weights={"ink": 1.5}, lora_scale=0.5, **single)
+    quarter = draw(lora_weights={"ink": 0.75}, **single)
+    torch.testing.assert_close(half, quarter, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(half, result, atol=1e-3)
+    assert torch.isfinite(draw(composition="cmlora")).all()
+    assert default_cache("cmlora", fresh.pipe) == "nonuniform"
+    assert pipe.report is not None
+    assert pipe.report.light
