@@ -25,6 +25,7 @@ _NAMES = (
 _TABLES = {
     "flux": "FLUX",
     "flux2": "FLUX.2",
+    "hunyuan": "HunyuanVideo",
     "sd3": "Stable Diffusion 3",
     "wan": "Wan",
     "z_image": "Z-Image",

@@ -71,6 +71,24 @@ final_layer.linear = proj_out
 final_layer.adaLN_modulation.1 = ~norm_out.linear
 """
 
+_HUNYUAN = """
+txt_in.input_embedder = context_embedder.proj_in
+txt_in.t_embedder.mlp.0 = context_embedder.time_text_embed.timestep_embedder.linear_1
+txt_in.t_embedder.mlp.2 = context_embedder.time_text_embed.timestep_embedder.linear_2
+txt_in.c_embedder.linear_1 = context_embedder.time_text_embed.text_embedder.linear_1
+txt_in.c_embedder.linear_2 = context_embedder.time_text_embed.text_embedder.linear_2
+txt_in.individual_token_refiner.blocks.#.self_attn_qkv = \
+context_embedder.token_refiner.refiner_blocks.#.attn.to_q + to_k + to_v
+txt_in.individual_token_refiner.blocks.#.self_attn_proj = \
+context_embedder.token_refiner.refiner_blocks.#.attn.to_out.0
+txt_in.individual_token_refiner.blocks.#.mlp.fc1 = \
+context_embedder.token_refiner.refiner_blocks.#.ff.net.0.proj
+txt_in.individual_token_refiner.blocks.#.mlp.fc2 = \
+context_embedder.token_refiner.refiner_blocks.#.ff.net.2
+txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = \
+context_embedder.token_refiner.refiner_blocks.#.norm_out.linear
+"""
+
 _FLUX2 = """
 time_in.in_layer = time_guidance_embed.timestep_embedder.linear_1
 time_in.out_layer = time_guidance_embed.timestep_embedder.linear_2
@@ -166,14 +184,17 @@ context_refiner.#.attention.out = context_refiner.#.attention.to_out.0
 TABLES = {
     "flux": _FLUX,
     "flux2": _FLUX2 + _FLUX,
+    "hunyuan": _HUNYUAN + _FLUX,
     "sd3": _SD3,
     "wan": _WAN,
     "z_image": _Z_IMAGE,
 }
-"""Original names by family; the names of HunyuanVideo and Chroma are among those of FLUX."""
+"""Original names by family; most of those of HunyuanVideo and Chroma are those of FLUX."""
 
 _MARKS = (
     (r"(single|double)_stream_modulation", "flux2"),
+    (r"individual_token_refiner|_mod[._]linear|[._]modulation[._]linear", "hunyuan"),
+    (r"_blocks[._]\d+[._](img|txt)_mlp[._]fc[12]", "hunyuan"),
     (r"(double|single)_blocks[._]\d", "flux"),
     (r"joint_blocks[._]\d", "sd3"),
     (r"(^|[._])blocks[._]\d+[._](self|cross)_attn|blocks[._]\d+[._]ffn[._]\d", "wan"),

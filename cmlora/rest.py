@@ -64,7 +64,7 @@ def resolve(
             continue
         try:
             shifts = _shifts(target, change, list(layers.values()))
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        except (ValueError, RuntimeError, IndexError, TypeError, ArithmeticError) as error:
             raise CmloraError(
                 f"{source} is for {remainder.family} and the pipeline is {family.of_pipe(pipe)}: "
                 f"{key}: {_line(error)}"

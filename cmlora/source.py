@@ -149,7 +149,7 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
             if change.dense is not None or change.weight is not None or change.bias is not None:
                 changes.append((target, change))
                 firsts.append(key)
-        except (ValueError, TypeError, RuntimeError, IndexError, OverflowError) as error:
+        except (ValueError, TypeError, RuntimeError, IndexError, ArithmeticError) as error:
             raise CmloraError(f"{path}: {key}: {' '.join(str(error).split())}") from None
     metadata = {k: v for k, v in header.metadata.items() if k not in _STRUCTURE}
     title = header.metadata.get("cmlora.name") or Path(path).stem
@@ -163,6 +163,9 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
 
 def _parts(held: Mapping[str, Tensor], config: Mapping[str, Any], name: str, exact: Any) -> Parts:
     """The tensors of a layer with everything that decides its strength."""
+    for role, tensor in held.items():
+        if not tensor.numel():
+            raise ValueError(f"{role} is empty")
     alpha = _alpha(held["alpha"]) if "alpha" in held else None
 
     def ratio(rank: int) -> float:

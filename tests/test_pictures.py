@@ -168,7 +168,7 @@ def test_any_text_is_an_infotext(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ['a:"' * 40_000, "<lora:" * 40_000, ": " * 60_000, '\\"a:' * 30_000],
+    ['a:"' * 20_000, "<lora:" * 20_000, ": " * 60_000, '\\"a:' * 30_000],
     ids=["quotes", "tags", "colons", "escapes"],
 )
 def test_no_text_takes_long(text: str) -> None:

@@ -149,6 +149,17 @@ def hunyuan(h: int = 3072) -> tuple[Shapes, dict[str, Tensor]]:
         "single_blocks.0.linear2": (h, 5 * h),
         "single_blocks.0.modulation.linear": (3 * h, h),
     }
+    stem = "txt_in.individual_token_refiner.blocks.1"
+    found |= {
+        f"{stem}.self_attn_qkv": (3 * h, h),
+        f"{stem}.self_attn_proj": (h, h),
+        f"{stem}.mlp.fc1": (4 * h, h),
+        f"{stem}.mlp.fc2": (h, 4 * h),
+        f"{stem}.adaLN_modulation.1": (2 * h, h),
+        "txt_in.input_embedder": (h, 64),
+        "txt_in.t_embedder.mlp.0": (h, 64),
+        "txt_in.c_embedder.linear_2": (h, h),
+    }
     return found, {}
 
 
@@ -158,7 +169,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[..., Any], str]] = {
     "sd3": (sd3, upstream.convert_sd3_transformer_checkpoint_to_diffusers, "Stable Diffusion 3"),
     "wan": (wan, upstream.convert_wan_transformer_to_diffusers, "Wan"),
     "z_image": (z_image, upstream.convert_z_image_transformer_checkpoint_to_diffusers, "Z-Image"),
-    "hunyuan": (hunyuan, upstream.convert_hunyuan_video_transformer_to_diffusers, "FLUX"),
+    "hunyuan": (hunyuan, upstream.convert_hunyuan_video_transformer_to_diffusers, "HunyuanVideo"),
 }
 
 STYLES: dict[str, tuple[Callable[[str], str], str, str]] = {
