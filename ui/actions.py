@@ -144,6 +144,7 @@ def read_recipe(path: str | Path, limits: Limits) -> Recipe:
         guidance=recipe.guidance_scale,
         width=recipe.width,
         height=recipe.height,
+        schedule=recipe.schedule,
     )
     check(order, limits)
     check_strengths(loras, limits)

@@ -59,7 +59,7 @@ class Witness:
     def __init__(self, method: str) -> None:
         self.__name__ = method
         self._strategy = METHODS[method].object
-        self.sizes: dict[str, list[float]] = {}
+        self._sizes: list[dict[str, float]] = []
         self._energy: dict[str, Tensor] = {}
 
     def __call__(
@@ -96,6 +96,10 @@ class Witness:
             compare=None if plan.compare is None else compare,
         )
 
+    def sizes(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        """Size of each LoRA's contribution at every step; 0 where it took no part."""
+        return {name: tuple(row.get(name, 0.0) for row in self._sizes) for name in names}
+
     def maps(self) -> dict[str, Tensor]:
         """Each LoRA's share of the energy in every place, over all steps."""
         total = sum(self._energy.values(), torch.zeros(()))
@@ -109,9 +113,11 @@ class Witness:
         """Note sizes and energies from stacked predictions, base first: (1 + N, B, C, H, W)."""
         base = outputs[0].float()
         size = max(float(base.norm()), 1e-12)
+        row: dict[str, float] = {}
+        self._sizes.append(row)
         for name, output in zip(names, outputs[1:], strict=True):
             delta = output.float() - base
-            self.sizes.setdefault(name, []).append(float(delta.norm()) / size)
+            row[name] = float(delta.norm()) / size
             if delta.ndim == 4:
                 energy = delta.square().sum((0, 1)).cpu()
                 self._energy[name] = self._energy.get(name, 0.0) + energy
@@ -138,13 +144,12 @@ def contributions(studio: Studio, order: Order, ticket: Ticket) -> Iterator[Even
         with studio.pipeline(order.model, order.loras, order.sampler) as pipe:
             ticket.check()
             recipe = recipe_of(pipe, order, ticket, tell, studio.settings.out)
-            witness, clock = Witness(order.method), Clock(order.steps)
+            witness, clock = Witness(recipe.method), Clock(order.steps)
             picture = paint(
                 studio, pipe, recipe, ticket, tell, clock, "measuring", strategy=witness
             )
-        sizes = {name: tuple(values) for name, values in witness.sizes.items()}
         names = tuple(lora.name for lora in recipe.loras)
-        tell(Result(Contributions(picture, names, sizes, witness.maps())))
+        tell(Result(Contributions(picture, names, witness.sizes(names), witness.maps())))
 
     return stream(work, ticket)
 

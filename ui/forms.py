@@ -24,6 +24,7 @@ FIELDS = (
     "height",
     "seed",
     "pictures",
+    "schedule",
 )
 """The fields of the Generate page, in the order in which its events send them."""
 
@@ -74,6 +75,7 @@ def order_of(*values: Any) -> Order:
         height=given["height"] or None,
         seed=given["seed"] or 0,
         pictures=given["pictures"],
+        schedule=(given["schedule"] or "").strip(),
     )
 
 
@@ -93,6 +95,7 @@ def fields_of(recipe: Recipe) -> dict[str, Any]:
         "height": recipe.height,
         "seed": recipe.seed,
         "pictures": 1,
+        "schedule": recipe.schedule,
     }
 
 

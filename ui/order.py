@@ -9,6 +9,7 @@ from cmlora import checks
 from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
 from cmlora.pipelines.render import Wish
+from cmlora.schedules.parse import parse_schedule
 from cmlora.strategies import METHODS, check_options
 from cmlora.ui.prompts import tags
 from cmlora.ui.settings import Limits
@@ -27,6 +28,7 @@ SAMPLERS: Mapping[str, str] = {
 """Samplers on the page and their classes in diffusers; the first leaves the model's."""
 
 _HERE = "request"
+_BLOCKS = re.compile(r"[\w.^$|-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Order:
         seed: of the first picture.
         pictures: how many.
         text_encoder: whether LoRAs act on the text encoder, ``all`` or ``none``.
+        schedule: curves of strengths over the run, see `cmlora.schedules.parse`.
     """
 
     model: str
@@ -66,6 +69,7 @@ class Order:
     seed: int = 0
     pictures: int = 1
     text_encoder: str = "all"
+    schedule: str = ""
 
     def wish(self, triggers: str = "") -> Wish:
         """The order as the renderer understands it.
@@ -82,6 +86,7 @@ class Order:
             options=dict(self.options),
             cache=self.cache or None,
             text_encoder=self.text_encoder,
+            schedule=self.schedule,
             negative_prompt=self.negative_prompt,
             steps=self.steps,
             guidance_scale=self.guidance,
@@ -96,9 +101,9 @@ def check(order: Order, limits: Limits) -> Order:
     Raises:
         CmloraError: if a value is of the wrong kind, unknown, or beyond a limit.
     """
-    for name in ("model", "prompt", "negative_prompt", "method", "cache", "sampler"):
+    for name in ("model", "prompt", "negative_prompt", "method", "cache", "sampler", "schedule"):
         checks.text(_HERE, name, getattr(order, name))
-    for name in ("prompt", "negative_prompt"):
+    for name in ("prompt", "negative_prompt", "schedule"):
         length = len(getattr(order, name))
         if length > limits.prompt:
             raise CmloraError(
@@ -107,6 +112,7 @@ def check(order: Order, limits: Limits) -> Order:
     checks.choice(_HERE, "text_encoder", order.text_encoder, ("all", "none"))
     checks.choice(_HERE, "sampler", order.sampler, tuple(SAMPLERS))
     METHODS[order.method]
+    _check_schedule(order.schedule)
     if order.cache:
         parse(order.cache)
     most = {"steps": limits.steps, "pictures": limits.pictures, "seed": 2**63 - 1}
@@ -225,6 +231,16 @@ def read_numbers(what: str, text: str) -> tuple[float, ...]:
     if len(set(found)) < len(found):
         raise CmloraError(f"{what} {str(text)[:60]!r}: a number is listed twice")
     return found
+
+
+def _check_schedule(text: str) -> None:
+    """Refuses what is no schedule, and patterns that could take for ever to look for."""
+    for track in parse_schedule(text).tracks:
+        if track.blocks is not None and not _BLOCKS.fullmatch(track.blocks):
+            raise CmloraError(
+                f"schedule: blocks {track.blocks[:60]!r} of {track.lora[:60]}: this server takes "
+                "letters, digits and . ^ $ | - only"
+            )
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:

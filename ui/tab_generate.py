@@ -98,6 +98,11 @@ def build(studio: Studio, rail: Rail) -> Generate:
                 options = gr.Textbox(
                     label="Options of the method", placeholder="tau=3; order=high_first"
                 )
+                schedule = gr.Textbox(
+                    label="Strengths over the run",
+                    placeholder="[<lora:ink:1>:0.2,0.8] or <lora:ink:0@0,1@0.5>",
+                    elem_id="schedule",
+                )
             cost = gr.HTML(elem_id="cost")
             with gr.Row():
                 go = gr.Button(
@@ -156,6 +161,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
                 high,
                 seed,
                 pictures,
+                schedule,
             ),
             strict=True,
         )

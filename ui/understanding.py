@@ -14,8 +14,10 @@ from cmlora.errors import CmloraError
 from cmlora.files import read
 from cmlora.frequency.card import Profile
 from cmlora.pipelines import library
-from cmlora.plan import Member, Plan
-from cmlora.strategies import schedule
+from cmlora.plan import Member, Plan, Step
+from cmlora.schedules.apply import scheduled
+from cmlora.schedules.parse import parse_schedule
+from cmlora.strategies import METHODS, check_options, schedule
 from cmlora.ui.actions import complete
 from cmlora.ui.order import Order
 from cmlora.ui.studio import Studio, without_path
@@ -114,8 +116,15 @@ def plans(studio: Studio, order: Order) -> tuple[Plan, ...]:
     options = dict(order.options)
     if order.method == "lorahub" and "coefficients" not in options:
         options["coefficients"] = (1.0,) * len(order.loras)
-    chosen = members(studio, order)
-    return schedule(order.method, chosen, order.steps, default_policy(order), **options)
+    chosen, policy = members(studio, order), default_policy(order)
+    if not order.schedule:
+        return schedule(order.method, chosen, order.steps, policy, **options)
+    curves = parse_schedule(order.schedule)
+    curves.check([member.name for member in chosen])
+    strategy = scheduled(METHODS[order.method].object, curves)
+    known = check_options(order.method, options)
+    count, refreshing = order.steps, parse(policy)
+    return tuple(strategy(Step(i, count), chosen, refreshing, **known) for i in range(count))
 
 
 def timeline(studio: Studio, order: Order) -> Timeline:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmlora.errors import CmloraError
+from cmlora.eval.correlate import read_scores
 from cmlora.ui.arena import Duel, Entry, Vote, duels, elo, scores, standings, strengths
 from cmlora.ui.tab_judge import standings_html
 
@@ -106,7 +107,6 @@ def test_one_win_is_worth_half_the_step() -> None:
 
 
 def test_exported_votes_are_scores_that_correlate_reads(tmp_path: Path) -> None:
-    read_scores = pytest.importorskip("cmlora.eval.correlate").read_scores
 
     a, b, c = _entry("a", clip_score=30.0), _entry("b", clip_score=20.0), _entry("c")
     votes = [Vote(Duel(a, b), "left"), Vote(Duel(c, a), "tie"), Vote(Duel(b, c), "right")]

@@ -34,6 +34,7 @@ _VALUES = {
     "height": 0,
     "seed": None,
     "pictures": 2,
+    "schedule": None,
 }
 
 

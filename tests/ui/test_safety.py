@@ -154,6 +154,9 @@ def test_the_hub_is_off_unless_asked_for(
         ({"sampler": "__class__"}, "sampler"),
         ({"cache": "magic"}, "magic"),
         ({"text_encoder": "both"}, "text_encoder"),
+        ({"schedule": "hello"}, "no part of a schedule"),
+        ({"schedule": "<lora:cat:unet=1@0,0@1:blocks=(a+)+$>"}, "letters, digits"),
+        ({"schedule": "<lora:cat:0@0,1@1>" * 1000}, "letters"),
     ],
 )
 def test_requests_are_bounded(changes: dict[str, object], field: str) -> None:

@@ -87,6 +87,22 @@ def test_measuring_changes_no_bit_of_the_picture(warm: Studio, method: str) -> N
     assert page.count("<img") == 3
 
 
+def test_curves_of_strength_are_foretold_and_carried_out(warm: Studio) -> None:
+    curved = order(method="merge", steps=4, schedule="<lora:cat:0@0,1@1>")
+    found = timeline(warm, curved)
+    assert found.strengths["cat"][0] == 0.0
+    assert list(found.strengths["cat"]) == sorted(set(found.strengths["cat"]))
+    assert set(found.strengths["hat"]) == {0.8}
+    (event,) = [e for e in contributions(warm, curved, Ticket()) if isinstance(e, Result)]
+    assert event.value.sizes["cat"][0] == 0.0
+    assert event.value.sizes["cat"][3] > 0.0
+    (scheduled,) = made(warm, method="merge", steps=4, schedule="<lora:cat:0@0,1@1>")
+    (plain,) = made(warm, method="merge", steps=4)
+    assert scheduled.recipe.schedule
+    assert Image.open(scheduled.path).tobytes() != Image.open(plain.path).tobytes()
+    assert Image.open(event.value.picture.path).tobytes() == Image.open(scheduled.path).tobytes()
+
+
 def test_a_lora_without_strength_painted_nothing(warm: Studio) -> None:
     wanted = order(loras={"cat": 1.0, "hat": 0.0}, method="composite")
     (event,) = [e for e in contributions(warm, wanted, Ticket()) if isinstance(e, Result)]
