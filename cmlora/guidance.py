@@ -217,7 +217,8 @@ def _guider(inner: Any) -> Any:
     if isinstance(inner, Mapping):
         name = inner.get("_class_name", "")
         found: Any = getattr(diffusers, str(name), None)
-        if not (isinstance(found, type) and issubclass(found, BaseGuidance)):
+        known = isinstance(found, type) and issubclass(found, BaseGuidance)
+        if not known:
             raise CmloraError(f"diffusers has no guider {name!r}")
         return found.from_config(dict(inner))
     if not isinstance(inner, BaseGuidance):
