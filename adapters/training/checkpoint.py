@@ -20,7 +20,7 @@ def save(trainer: Trainer, path: Path) -> None:
         path,
         {
             "settings": trainer.settings.to_dict(),
-            "pictures": digests(trainer),
+            "pictures": trainer.digests,
             "step": trainer.step,
             "tensors": copied(trainer.parts.tensors()),
             "optimizer": trainer.optimizer.state_dict(),
@@ -50,11 +50,6 @@ def restore(trainer: Trainer, path: Path) -> None:
         hook.restore(kept)
 
 
-def digests(trainer: Trainer) -> list[str]:
-    """What changes with any picture or caption."""
-    return [example.digest() for example in (*trainer.examples, *trainer.prior_examples)]
-
-
 def _check_same(trainer: Trainer, found: dict[str, Any], where: str) -> None:
     before, now = found["settings"], trainer.settings.to_dict()
     for key, value in now.items():
@@ -63,7 +58,7 @@ def _check_same(trainer: Trainer, found: dict[str, Any], where: str) -> None:
                 f"{where}: {key} was {before.get(key)!r} and is {value!r} now; resume with the "
                 "same settings, or choose another output folder"
             )
-    if found["pictures"] != digests(trainer):
+    if found["pictures"] != trainer.digests:
         raise CmloraError(
             f"{where} is of other pictures or captions; put them back, or choose another output "
             "folder"

@@ -154,7 +154,7 @@ class Conditioning:
             "complex_human_instruction": None,
         }
         options = {key: value for key, value in options.items() if key in self._accepted}
-        call = type(self.pipe).__call__
+        call: Any = type(self.pipe).__call__
         if gradients:
             call = getattr(call, "__wrapped__", None)
             if call is None:

@@ -134,7 +134,8 @@ def estimate(
             assert isinstance(weight, Tensor)
             weights.append(weight)
             weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(collect(part, name)))
+            register: Any = weight.register_post_accumulate_grad_hook
+            handles.append(register(collect(part, name)))
     try:
         for number in range(samples):
             torch.autograd.backward(loss(number))

@@ -33,7 +33,10 @@ class Hook:
         self.parts, self.settings = parts, parts.settings
 
     def begin(self, gradients: Gradients, rate: float) -> None:
-        """After the adapters were put in; the gradients were taken before (H0)."""
+        """After the adapters were put in; the gradients were taken before (H0).
+
+        They are missing where a checkpoint is about to be taken up.
+        """
 
     def before_forward(self, step: int, random: torch.Generator) -> None:
         """Before a step's first forward pass (H1)."""
@@ -79,8 +82,8 @@ class Prime(Hook):
         self.samples = samples
 
     def begin(self, gradients: Gradients, rate: float) -> None:
-        for part, model in self.parts.models.items():
-            lora_sb.prime(model, self.settings.name, gradients[part], rate)
+        for part, found in gradients.items():
+            lora_sb.prime(self.parts.models[part], self.settings.name, found, rate)
 
 
 class DrawRank(Hook):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,7 @@ def deferred() -> Iterator[Interrupt]:
 
     def ask(*_: object) -> None:
         found.asked = True
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _put(before)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.getsignal(number)
@@ -36,6 +35,10 @@ def deferred() -> Iterator[Interrupt]:
     try:
         yield found
     finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
+        _put(before)
+
+
+def _put(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:  # those that were not set by Python cannot be set by it
+            signal.signal(number, handler)

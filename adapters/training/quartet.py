@@ -31,12 +31,18 @@ def hadamard(size: int = BLOCK) -> Tensor:
     return matrix / math.sqrt(size)
 
 
+def blocked(rows: Tensor) -> Tensor:
+    """(..., n * 32) as (..., n, 32)."""
+    return rows.reshape(*rows.shape[:-1], -1, BLOCK)
+
+
 def rotated(rows: Tensor, signs: Tensor | None = None) -> Tensor:
     """Every block of 32 of (..., n * 32) times the Hadamard matrix, after changing signs (32,)."""
-    blocks = rows.unflatten(-1, (-1, BLOCK))
+    blocks = blocked(rows)
     if signs is not None:
         blocks = blocks * signs
-    return (blocks @ hadamard().to(rows)).flatten(-2)
+    found: Tensor = blocks @ hadamard().to(rows)
+    return found.flatten(-2)
 
 
 def unrotated(rows: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ def nearest(rows: Tensor, floor: bool = False) -> tuple[Tensor, Tensor]:
     Returns:
         The values on the grid times their scales, and where nothing was clipped.
     """
-    blocks = rows.unflatten(-1, (-1, BLOCK))
+    blocks = blocked(rows)
     rms = blocks.square().mean(-1, keepdim=True).sqrt()
     wanted = torch.log2((CLIP * rms / _LARGEST).clamp(min=2.0**-126))
     scale = torch.exp2(wanted.floor() if floor else wanted.round())
@@ -87,14 +93,14 @@ def stochastic(rows: Tensor, random: torch.Generator) -> Tensor:
         rows: (..., n * 32).
         random: of the rounding.
     """
-    blocks = rows.unflatten(-1, (-1, BLOCK))
+    blocks = blocked(rows)
     most = blocks.abs().amax(-1, keepdim=True).clamp(min=2.0**-120)
     scale = torch.exp2(torch.log2(most).floor() - 2) * (4 / 3)
     scaled = (blocks / scale).abs()
     grid = GRID.to(rows)
     place = torch.bucketize(scaled.contiguous(), grid, right=True).clamp(1, len(grid) - 1)
     low, high = grid[place - 1], grid[place]
-    draw = torch.rand(rows.shape, generator=random).to(rows).unflatten(-1, (-1, BLOCK))
+    draw = blocked(torch.rand(rows.shape, generator=random).to(rows))
     found = torch.where(draw * (high - low) < scaled - low, high, low)
     return (torch.copysign(found, blocks) * scale).flatten(-2)
 
@@ -149,7 +155,7 @@ class QuartetLinear(nn.Linear):
         rows = functional.pad(x.reshape(-1, self.in_features), (0, more)).float()
         weight = functional.pad(self.weight, (0, more)).float()
         found: Tensor = _Product.apply(rows, weight, self.random)
-        found = found.to(x.dtype).unflatten(0, x.shape[:-1])
+        found = found.to(x.dtype).reshape(*x.shape[:-1], -1)
         return found if self.bias is None else found + self.bias.to(x.dtype)
 
 

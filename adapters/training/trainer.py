@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,11 @@ class Trainer:
             self._checkpoint_activations()
         self.step = 0
 
+    @cached_property
+    def digests(self) -> list[str]:
+        """What changes with any picture or caption."""
+        return [example.digest() for example in (*self.examples, *self.prior_examples)]
+
     @property
     def checkpoint(self) -> Path:
         """Where the state is kept."""
@@ -129,7 +135,10 @@ class Trainer:
         """
         settings = self.settings
         main = self.reduced.main
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CmloraError(f"cannot write to {self.folder}: {error.strerror}") from None
         self.resume()
         log = Log(self.folder, self.step, settings.tensorboard) if main else None
         self.parts.train(True)
@@ -281,7 +290,7 @@ class Trainer:
 
     def _estimated(self) -> Gradients:
         samples = max((hook.samples for hook in self.hooks), default=0)
-        if not samples:
+        if not samples or self.checkpoint.is_file():  # what they led to is in the checkpoint
             return {}
         return estimate(self.parts.models, self.parts.layers, lambda i: self.loss(i, 0), samples)
 
@@ -322,10 +331,11 @@ class Trainer:
 
     def _checkpoint_activations(self) -> None:
         for part, model in self.parts.models.items():
-            if hasattr(model, "enable_gradient_checkpointing"):
-                model.enable_gradient_checkpointing()
-            elif hasattr(model, "gradient_checkpointing_enable"):
-                model.gradient_checkpointing_enable()
+            # diffusers' word for it, then that of transformers.
+            names = ("enable_gradient_checkpointing", "gradient_checkpointing_enable")
+            enable: Any = next((getattr(model, n) for n in names if hasattr(model, n)), None)
+            if enable is not None:
+                enable()
             else:
                 raise CmloraError(f"train: the {part} has no gradient checkpointing")
 

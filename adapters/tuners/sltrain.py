@@ -84,7 +84,7 @@ class SltrainLayer(TunerLayer):
         values = self.tensor(name, "values") * (scale / self.initial[name])
         places, shape = self.frozen(name, "places"), self.matrix().shape
         sparse: Tensor = _Sparse.apply(x.flatten(0, -2), values.to(x.dtype), places, shape)
-        return low + sparse.unflatten(0, x.shape[:-1])
+        return low + sparse.reshape(low.shape)
 
     def _replaces(self, name: str) -> bool:
         return bool(self.config[name].mode == "replace")

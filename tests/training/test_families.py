@@ -248,7 +248,7 @@ def test_objectives_of_schedulers() -> None:
         (zero, {}, "zero terminal SNR"),
     ):
         with pytest.raises(CmloraError, match=message):
-            objective_of(scheduler, **options)  # type: ignore[arg-type]
+            objective_of(scheduler, **options)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v", "sample"])

@@ -129,7 +129,7 @@ def test_the_sizes_that_are_promised() -> None:
 @pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right", "full"])
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
 def test_projections_are_orthonormal_and_the_best(side: str, shape: tuple[int, int]) -> None:
-    gradient, space = noise(*shape), {}
+    gradient, space = noise(*shape), dict[str, Any]()
     projector = Svd(5, side)
     projector.fit(gradient, space, 0)
     for key, matrix in space.items():
@@ -146,7 +146,7 @@ def test_projections_are_orthonormal_and_the_best(side: str, shape: tuple[int, i
 )
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
 def test_pythagoras(projector: Any, shape: tuple[int, int]) -> None:
-    gradient, space = noise(*shape).double(), {}
+    gradient, space = noise(*shape).double(), dict[str, Any]()
     projector.fit(gradient, space, 3)
     space = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -159,7 +159,7 @@ def test_pythagoras(projector: Any, shape: tuple[int, int]) -> None:
 
 
 def test_galore_of_full_rank_moves_like_the_gradient() -> None:
-    gradient, space = noise(9, 6), {}
+    gradient, space = noise(9, 6), dict[str, Any]()
     projector = Svd(6)
     projector.fit(gradient, space, 0)
     assert torch.allclose(
@@ -266,7 +266,7 @@ def test_cosines_are_orthonormal_and_the_fft_is_the_same(size: int) -> None:
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
 @pytest.mark.parametrize("norm", [1, 2])
 def test_what_cosines_leave_out(shape: tuple[int, int], norm: int) -> None:
-    gradient, space = noise(*shape), {}
+    gradient, space = noise(*shape), dict[str, Any]()
     projector = Cosines(5, norm)
     projector.fit(gradient, space, 0)
     inside = projector.up(projector.down(gradient, space), space, gradient.shape)

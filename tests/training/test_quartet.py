@@ -11,6 +11,7 @@ from cmlora.adapters.compression.mxfp4 import mxfp4
 from cmlora.adapters.training.quartet import (
     BLOCK,
     QuartetLinear,
+    blocked,
     hadamard,
     nearest,
     on_grid,
@@ -33,7 +34,7 @@ def scaled(count: int) -> Tensor:
 
 def units(rows: Tensor, grid: Tensor) -> Tensor:
     """The blocks divided by the power of two, times 4/3 or not, that puts them on the grid."""
-    blocks = rows.unflatten(-1, (-1, BLOCK))
+    blocks = blocked(rows)
     for factor in (1.0, 4 / 3):
         for exponent in range(-40, 40):
             ratio = blocks.abs() / (2.0**exponent * factor)
@@ -143,8 +144,9 @@ def test_a_layer_is_near_the_exact_one_and_learns() -> None:
 
 
 def test_layers_are_replaced_once() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.LayerNorm(4))
+    inner = nn.Sequential(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), inner, nn.LayerNorm(4))
     assert quartet(model) == 2
-    assert isinstance(model[1][0], QuartetLinear)
+    assert isinstance(inner[0], QuartetLinear)
     with pytest.raises(CmloraError, match="no linear layers"):
         quartet(model)

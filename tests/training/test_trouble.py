@@ -46,6 +46,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder: Path) -> None:
     assert kept.run().losses
 
 
+def test_the_output_may_be_no_folder(folder: Path) -> None:
+    (folder / "out").write_text("a file")
+    with pytest.raises(CmloraError, match="cannot write to"):
+        bench.trainer(folder).run()
+
+
 def test_a_checkpoint_of_something_else(folder: Path) -> None:
     with pytest.raises(ConnectionError):
         bench.trainer(folder, steps=6, save_every=1).run(bench.stop_at(1))

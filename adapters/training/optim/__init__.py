@@ -41,7 +41,7 @@ def options_of(name: str) -> set[str]:
     for kind in kinds:
         if kind is object or kind.__module__.startswith("torch"):
             break
-        function = kind.__init__ if isinstance(kind, type) else kind
+        function: Any = vars(kind).get("__init__", kind) if isinstance(kind, type) else kind
         found |= {
             p.name
             for p in inspect.signature(function).parameters.values()

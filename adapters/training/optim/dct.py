@@ -49,7 +49,7 @@ class Dct(LowRank):
     ) -> None:
         if norm not in (1, 2):
             raise CmloraError(f"dct: norm is {norm}, not 1 or 2")
-        own = {"rank": rank, "gap": gap, "scale": scale, "norm": norm}
+        own: dict[str, Any] = {"rank": rank, "gap": gap, "scale": scale, "norm": norm}
         super().__init__(params, lr, feedback=feedback, rotate=rotate, **own, **options)
 
     def projector(self, matrix: Tensor, group: dict[str, Any]) -> Projector | None:
@@ -137,6 +137,6 @@ def transformed(rows: Tensor) -> Tensor:
     mixed = torch.cat([rows[..., ::2], rows[..., 1::2].flip(-1)], -1)
     spectrum = torch.fft.fft(mixed.double())
     angle = torch.arange(n, dtype=torch.double, device=rows.device) * (-math.pi / (2 * n))
-    found = (spectrum * torch.polar(torch.ones_like(angle), angle)).real * math.sqrt(2 / n)
+    found: Tensor = (spectrum * torch.polar(torch.ones_like(angle), angle)).real * math.sqrt(2 / n)
     found[..., 0] /= math.sqrt(2)
     return found.to(rows.dtype)

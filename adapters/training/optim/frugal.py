@@ -53,7 +53,7 @@ class Frugal(LowRank):
                 raise CmloraError(f"frugal: {name} is {value!r}, not one of {', '.join(allowed)}")
         if not 0 <= density <= 1:
             raise CmloraError(f"frugal: density is {density}, not from 0 to 1")
-        own = {"density": density, "gap": gap, "space": space, "turn": turn}
+        own: dict[str, Any] = {"density": density, "gap": gap, "space": space, "turn": turn}
         super().__init__(params, lr, rest=rest, inactive=inactive, scale=1.0, **own, **options)
         self._matrices = [p for g in self.param_groups for p in g["params"] if p.ndim >= 2]
 
@@ -76,7 +76,8 @@ class Frugal(LowRank):
         if group["rest"] == "none":
             return torch.zeros_like(gradient)
         outside = gradient - inside
-        return group["inactive"] * (outside.sign() if group["rest"] == "sign" else outside)
+        found: Tensor = outside.sign() if group["rest"] == "sign" else outside
+        return found * float(group["inactive"])
 
     def _place(self, matrix: Tensor) -> int:
         where = [p.data_ptr() for p in self._matrices]

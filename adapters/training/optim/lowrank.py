@@ -29,7 +29,8 @@ def direction(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) ->
     state["first"].lerp_(gradient, 1 - one)
     state["second"].mul_(two).addcmul_(gradient, gradient, value=1 - two)
     root = (state["second"] / (1 - two ** state["count"])).sqrt_().add_(group["eps"])
-    return (state["first"] / (1 - one ** state["count"])).div_(root)
+    found: Tensor = (state["first"] / (1 - one ** state["count"])).div_(root)
+    return found
 
 
 class LowRank(Optimizer):
@@ -143,7 +144,7 @@ class LowRank(Optimizer):
         state["small"] = small  # for `rest`; not kept
         whole = projector.up(direction(small, state, group), space, matrix.shape)
         inside = projector.up(small, space, matrix.shape)
-        update = group["scale"] * whole
+        update: Tensor = whole * group["scale"]
         update = update + self.rest(matrix, inside, update, state, group)
         del state["small"]
         return update
