@@ -141,10 +141,12 @@ def sign_flip(differences: Sequence[float] | Array, *, flips: int = 20_000) -> f
 def wilcoxon(differences: Sequence[float] | Array) -> float:
     """p of Wilcoxon's signed-rank test, two-sided; zeros left out, normal with ties corrected."""
     d = np.asarray(differences, dtype=np.float64)
+    largest = float(np.abs(d).max(initial=0))
+    if largest == 0:
+        return 1.0
+    d = np.round(d / largest, 12)  # equal differences stay equal whatever they were computed from
     d = d[d != 0]
     n = len(d)
-    if n == 0:
-        return 1.0
     ranks = _ranks(np.abs(d))
     positive = float(ranks[d > 0].sum())
     variance = float((ranks**2).sum()) / 4

@@ -211,12 +211,13 @@ def summarise(study: Study) -> Summary:
     Raises:
         CmloraError: if the run has no finished job.
     """
+    manifest = study.manifest
     records = tuple(study.records().values())
     if not records:
         raise CmloraError(f"{study.folder} has no finished job yet")
     by_key = {record.key: record for record in records}
     found = Summary(records=records)
-    found.categories = {lora.id: lora.category for lora in study.manifest.loras}
+    found.categories = {lora.id: lora.category for lora in manifest.loras}
     for record in records:
         costs = {"seconds": record.seconds, "passes": float(record.full + record.light)}
         if record.macs is not None:

@@ -1,0 +1,287 @@
+"""Reports: the numbers in them are those of the run, and the files stand alone."""
+
+import csv
+import io
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cmlora.errors import CmloraError
+from cmlora.eval.metrics import metric_of
+from cmlora.eval.paper import beside, published
+from cmlora.eval.report.charts import Point, Series, forest, scatter
+from cmlora.eval.report.gallery import contact_sheet, shelves
+from cmlora.eval.report.summary import findings, focus_of, summarise
+from cmlora.eval.report.tables import metric_table, survival_table, wins_table
+from cmlora.eval.report.write import write_report
+from cmlora.eval.study import Study
+from tests.eval.made import WORDS, make_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return make_study(tmp_path_factory.mktemp("made") / "run")
+
+
+def values(study: Study, label: str, n: int) -> dict[str, list[float]]:
+    """Concepts found per set, read from the files."""
+    import json
+
+    lines = (study.folder / "scores" / "probe-00000.jsonl").read_text().splitlines()
+    scores = {row["key"]: row["values"]["instances"] for row in map(json.loads, lines)}
+    found: dict[str, list[float]] = {}
+    for record in study.records().values():
+        if record.label == label and record.n == n:
+            found.setdefault("+".join(record.ids), []).append(scores[record.key])
+    return found
+
+
+def test_cells_are_means_over_sets(study: Study) -> None:
+    summary = summarise(study)
+    assert summary.labels == WORDS
+    assert summary.sizes == (2, 3, 4, 5)
+    means = []
+    for n in summary.sizes:
+        sets = [float(np.mean(v)) for v in values(study, "merge", n).values()]
+        cell = summary.cell("instances", "merge", n)
+        assert cell.value == pytest.approx(np.mean(sets))
+        assert cell.count == 20
+        means.append(np.mean(sets))
+        spread = float(np.std(sets, ddof=1)) / 20**0.5
+        assert cell.high - cell.low == pytest.approx(2 * 1.96 * spread, rel=0.25)
+    overall = summary.cell("instances", "merge", None)
+    assert overall.value == pytest.approx(np.mean(means))
+    two = summary.cell("instances", "merge", 2)
+    assert overall.high - overall.low < two.high - two.low
+
+
+def test_differences_are_paired_and_tested(study: Study) -> None:
+    summary = summarise(study)
+    found = summary.differences("instances", "merge", 3)
+    for label in ("naive", "switch", "composite"):
+        ours, theirs = values(study, label, 3), values(study, "merge", 3)
+        d = [np.mean(ours[s]) - np.mean(theirs[s]) for s in sorted(ours)]
+        assert found[label].value == pytest.approx(np.mean(d))
+        alone = stats.ttest_1samp(d, 0).pvalue
+        assert found[label].p >= min(1.0, alone) - 0.02  # corrected, so never far below
+    assert found["naive"].better is False
+    assert found["composite"].better is True
+    assert summary.differences("instances", "merge", None)["switch"].better is None
+    assert summary.differences("seconds", "merge", None)["composite"].better is False
+    assert "merge" not in found
+
+
+def test_findings_also_say_where_the_method_loses(study: Study) -> None:
+    summary = summarise(study)
+    said = findings(summary, focus_of(summary))
+    assert said[0].startswith("By concepts found, `cmlora@nonuniform` (0.")
+    assert "better than `naive`, `merge`, `switch`" in said[0]
+    assert "worse than `composite`" in said[0]
+    assert any("no difference is shown to" in line for line in findings(summary, "switch"))
+    with pytest.raises(CmloraError, match="no pictures of 'select'"):
+        focus_of(summary, "select")
+
+
+def test_wins_are_counted_place_by_place(study: Study) -> None:
+    summary = summarise(study)
+    wins = summary.wins("instances")
+    won, tied, lost = wins["composite", "naive"]
+    assert won + tied + lost == 160
+    assert wins["naive", "composite"] == (lost, tied, won)
+    a, b = values(study, "composite", 2), values(study, "naive", 2)
+    small = sum(x > y for s in a for x, y in zip(a[s], b[s], strict=True))
+    assert small <= won
+    cheaper = summary.wins("seconds")["naive", "composite"]
+    assert cheaper == (160, 0, 0)
+
+
+def test_tables_mark_the_best_and_the_significant(study: Study) -> None:
+    summary = summarise(study)
+    table = metric_table(summary, metric_of("instances"), "merge")
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert table.head == ["method", "N = 2", "N = 3", "N = 4", "N = 5", "mean"]
+    assert all(cell.startswith("**0.9") for cell in rows["`composite`"])
+    assert all("▼" in cell for cell in rows["`naive`"])
+    assert not any("▲" in cell or "▼" in cell for cell in rows["`merge`"])
+    shown = re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\] ▼", rows["`naive`"][0])
+    assert shown is not None
+    assert float(shown[2]) <= float(shown[1]) <= float(shown[3])
+    survived = survival_table(summary, "instance")
+    assert survived is not None
+    assert survived.head[1:] == ["character", "clothing", "style", "background", "object"]
+    matrix = wins_table("x", summary.labels, summary.wins("instances"))
+    assert matrix is not None
+    for cell in (c for row in matrix.rows for c in row[1:] if c != "-"):
+        assert sum(map(int, cell.split("-"))) == 100
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether its tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.targets: list[str] = []
+        self.images = 0
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.images += tag == "img"
+        self.targets += [v for k, v in attributes if k in ("src", "href")]
+
+    def handle_startendtag(self, tag: str, attributes: Any) -> None:
+        """`<rect ... />` opens nothing."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_files_stand_alone(study: Study, tmp_path: Path) -> None:
+    files = write_report(study, tmp_path / "report", per_size=2)
+    names = {path.name for path in files}
+    assert {"report.md", "report.csv", "report.html", "instances_by_gmacs.svg"} <= names
+    html = (tmp_path / "report" / "report.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert page.images == 4 * 2 * len(WORDS)
+    assert all(target.startswith("data:image/") for target in page.targets)
+    assert "<script" not in html
+    assert html.count("<details>") == page.images
+    for path in files:
+        if path.suffix == ".svg":
+            ElementTree.fromstring(path.read_text())
+    text = (tmp_path / "report" / "report.md").read_text()
+    for name in re.findall(r"\]\((\S+)\)", text):
+        assert (tmp_path / "report" / name).is_file()
+    for heading in ("What was compared", "What it shows", "Quality", "Cost and sanity", "Plots"):
+        assert f"## {heading}" in text
+        assert heading in html
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report" / "report.csv").read_text())))
+    cell = summarise(study).cell("instances", "merge", 3)
+    row = next(r for r in rows if (r["metric"], r["method"], r["n"]) == ("instances", "merge", "3"))
+    assert float(row["value"]) == pytest.approx(cell.value)
+    assert float(row["low"]) == pytest.approx(cell.low)
+    row = next(
+        r for r in rows if (r["metric"], r["method"], r["n"]) == ("instances", "composite", "3")
+    )
+    ours, theirs = values(study, "composite", 3), values(study, "merge", 3)
+    d = [np.mean(ours[s]) - np.mean(theirs[s]) for s in sorted(ours)]
+    ranks = stats.wilcoxon(
+        np.round(d, 9), zero_method="wilcox", correction=False, method="asymptotic"
+    )
+    assert float(row["p_wilcoxon"]) == pytest.approx(ranks.pvalue, rel=1e-6)
+    assert float(row["difference"]) == pytest.approx(np.mean(d), abs=1e-8)
+
+
+def test_reports_of_a_real_run(whole: Path, tmp_path: Path) -> None:
+    """Nothing was scored: costs are there all the same, and recipes of the real pictures."""
+    files = write_report(Study(whole), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "GMACs per picture" in text
+    assert "no frequency profiles" in text
+    assert "16 pictures" in text
+    assert '"method": "cmlora"' in (tmp_path / "report.html").read_text().replace("&quot;", '"')
+    assert not [path for path in files if path.suffix == ".svg"]
+
+
+def test_incomplete_runs_say_so(study: Study, tmp_path: Path) -> None:
+    import shutil
+
+    other = Study(shutil.copytree(study.folder, tmp_path / "run"))
+    part = other.folder / "records" / "part-00000.jsonl"
+    lines = part.read_text().splitlines()
+    part.write_text("\n".join([*lines[3:], '{"key":"ff","error":"RuntimeError: x"}']) + "\n")
+    write_report(other, tmp_path / "report", per_size=0)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "do not have equally many pictures for N = 2" in text
+    assert "**1 jobs failed**" in text
+    with pytest.raises(CmloraError, match="the run has no metric 'hps'"):
+        write_report(other, tmp_path / "report", metrics=["hps"])
+    with pytest.raises(CmloraError, match="holds no run"):
+        write_report(Study(tmp_path / "nothing"))
+
+
+def test_a_gallery_shows_every_method_of_a_set(study: Study) -> None:
+    summary = summarise(study)
+    shown = shelves(summary, 3)
+    assert len(shown) == 12
+    for shelf in shown:
+        assert [r.label for r in shelf.records] == list(summary.labels)
+        assert {(r.ids, r.seed) for r in shelf.records} == {(shelf.ids, shelf.seed)}
+    sheet = contact_sheet(study.folder, shown, tile=32)
+    assert sheet is not None
+    assert sheet.width > 5 * 32
+
+
+def test_charts_put_points_where_they_belong() -> None:
+    points = [Point(1, 10, 9, 11), Point(10, 20, 18, 22), Point(100, 30, 29, 33)]
+    for log in (False, True):
+        svg = ElementTree.fromstring(scatter("t & <t>", [Series("a", points)], "x", "y", log_x=log))
+        marks = [e for e in svg.iter() if e.tag.endswith("circle")][:3]
+        xs, ys = [float(m.get("cx", "")) for m in marks], [float(m.get("cy", "")) for m in marks]
+        assert xs == sorted(xs)
+        assert ys == sorted(ys, reverse=True)
+        even = abs((xs[1] - xs[0]) - (xs[2] - xs[1])) < 0.2
+        assert even == log
+    assert scatter("t", [Series("a", [])], "x", "y") == ""
+    one = scatter("t", [Series("a", [Point(3, 3)])], "x", "y", log_x=True)
+    assert ElementTree.fromstring(one) is not None
+    assert ElementTree.fromstring(forest("t", [("a", Point(1, 0, 0.5, 1.5))], "x")) is not None
+
+
+def test_published_tables_beside_a_run(tmp_path: Path) -> None:
+    alone = beside()
+    assert len(alone) == len(published()) == 8
+    cmlora = next(row for row in alone[0].rows if row[0] == "CMLoRA")
+    assert list(cmlora[1:]) == ["published", "35.42", "35.22", "35.21", "34.34", "35.05"]
+    run = make_study(tmp_path / "anime", testbed="composlora-anime", sets=4)
+    shown = beside(run, only=["clip_score"])[0]
+    rows = [row for row in shown.rows if row[1] != "published"]
+    assert {row[0] for row in rows} == {f"`{word}`" for word in WORDS}
+    cell = summarise(run).cell("clip_score", "merge", 2)
+    merge = next(row for row in rows if row[0] == "`merge`")
+    assert merge[1] == "measured, composlora-anime"
+    assert merge[2].startswith(f"{cell.value:.2f} [")
+    assert "published are means with composlora-reality" in shown.note
+    other = make_study(tmp_path / "emoji", sets=2, sizes=(2, 3))
+    shown = beside(other, only=["clip_score"])[0]
+    assert "cannot be compared with them" in shown.note
+    merge = next(row for row in shown.rows if row[0] == "`merge`")
+    assert merge[4:] == ["-", "-", "-"]  # N = 4, N = 5 and the mean were not measured
+    assert "measured none of these cells" in beside(other, only=["zhong_wins"])[0].note
+    with pytest.raises(CmloraError, match="no published table 'table1'"):
+        beside(only=["table1"])
+
+
+def test_published_means_are_those_of_their_rows() -> None:
+    """Except where the source itself has another value; then the cells tell."""
+    table = published()[0]
+    for row in table["rows"]:
+        assert row["values"][-1] == pytest.approx(np.mean(row["values"][:4]), abs=0.011), row
+
+
+def test_the_benchmark_is_written_from_a_run(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    script = Path(__file__).parent.parent.parent / "benchmarks" / "composition.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(study.folder), "--out", str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out.strip()
+    assert said.startswith("`cmlora@nonuniform` is number 2 of 5 by concepts found (0.")
+    assert "ahead of it are `composite` (0.9" in said
+    assert "it is behind some method by more than chance for N = " in said
+    text = (tmp_path / "composition.md").read_text()
+    assert said in text
+    assert "**concepts found**" in text
+    for name in re.findall(r"!\[.*?\]\((\S+)\)", text):
+        assert (tmp_path / name).stat().st_size > 1000
