@@ -145,6 +145,7 @@ def read_recipe(path: str | Path, limits: Limits) -> Recipe:
         width=recipe.width,
         height=recipe.height,
         schedule=recipe.schedule,
+        text_encoder=recipe.text_encoder,
     )
     check(order, limits)
     check_strengths(loras, limits)

@@ -8,7 +8,7 @@ from cmlora.ui.understanding import FULL, Timeline
 COLOURS = ("#d9480f", "#1971c2", "#2f9e44", "#9c36b5", "#e8a500", "#0c8599", "#c2255c", "#748094")
 """Told apart by most eyes and readable on light and dark."""
 
-_WIDTH, _LEFT, _RIGHT = 720, 44, 10
+_WIDTH, _LEFT, _RIGHT = 720, 54, 10
 
 
 def colour(index: int) -> str:

@@ -1,5 +1,6 @@
 """The command behind `cmlora ui` and `python -m cmlora.ui`."""
 
+import signal
 import threading
 import webbrowser
 from pathlib import Path
@@ -64,6 +65,8 @@ def ui(
     )
     if settings.warning():
         typer.echo(f"warning: {settings.warning()}", err=True)
+    # a service manager's way to end it cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     with serving(settings) as server:
         for address in filter(None, (server.url, server.share_url)):
             typer.echo(address)

@@ -53,9 +53,9 @@ def serving(settings: Settings, *, preload: bool = True) -> Iterator[Server]:
         temporary.mkdir(parents=True)
     except OSError as failure:
         raise CmloraError(f"cannot write to {settings.out}: {failure.strerror}") from None
-    before = {name: os.environ.get(name) for name in ("GRADIO_TEMP_DIR", "TMPDIR")}
-    os.environ["GRADIO_TEMP_DIR"] = str(temporary)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    wanted = {"GRADIO_TEMP_DIR": str(temporary), "GRADIO_ANALYTICS_ENABLED": "False"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         page, studio = _page(settings)
         _, url, share_url = _launch(page, settings)

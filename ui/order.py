@@ -50,7 +50,7 @@ class Order:
         height: in pixels; ``None`` is the model's.
         seed: of the first picture.
         pictures: how many.
-        text_encoder: whether LoRAs act on the text encoder, ``all`` or ``none``.
+        text_encoder: how LoRAs act on the text encoder: ``all``, ``none`` or ``per_lora``.
         schedule: curves of strengths over the run, see `cmlora.schedules.parse`.
     """
 
@@ -109,7 +109,7 @@ def check(order: Order, limits: Limits) -> Order:
             raise CmloraError(
                 f"{_HERE}: {name} has {length} letters; at most {limits.prompt} are read"
             )
-    checks.choice(_HERE, "text_encoder", order.text_encoder, ("all", "none"))
+    checks.choice(_HERE, "text_encoder", order.text_encoder, ("all", "none", "per_lora"))
     checks.choice(_HERE, "sampler", order.sampler, tuple(SAMPLERS))
     METHODS[order.method]
     _check_schedule(order.schedule)

@@ -1,10 +1,13 @@
 """The README's pictures of the page: ``python -m tests.ui.screenshots FOLDER``.
 
-Needs the embedded weights and Chromium.
+Needs the embedded weights and Chromium. It also says how long the first picture took, counted from
+the command ``python -m cmlora.ui`` to the finished picture in the browser.
 """
 
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -14,6 +17,25 @@ from cmlora.ui.settings import Settings
 from tests.ui.browsing import Page, browser
 
 LORAS = ("character_1", "clothing_1", "object_1")
+
+
+def first_picture() -> float:
+    """Seconds from the command to the first picture in the browser."""
+    with tempfile.TemporaryDirectory() as place:
+        started = time.monotonic()
+        command = [sys.executable, "-m", "cmlora.ui", "--out", place, "--no-browser"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert server.stdout is not None
+            with browser(server.stdout.readline().strip()) as page:
+                page.open()
+                page.pick(*LORAS)
+                page.click("#generate")
+                page.picture()
+                return time.monotonic() - started
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def main(folder: Path) -> None:
@@ -62,3 +84,4 @@ def _keep(page: Page, path: Path, *, scroll: bool = True) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1] if len(sys.argv) > 1 else "screenshots"))
+    print(f"first picture after {first_picture():.1f} s")
