@@ -21,9 +21,9 @@ from cmlora.caching.policy import POLICIES
 from cmlora.cli.app import app
 from cmlora.cli.cost import estimate
 from cmlora.eval.scorers import SCORERS
-from cmlora.eval.scorers import SCORERS
 from cmlora.forms import FORMS
 from cmlora.pipelines import library
+from cmlora.pipelines.learning import LEARNED
 from cmlora.strategies import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -47,10 +47,10 @@ TABLES = {
     "modifiers": MODIFIERS.table,
     "cost": cost_table,
     "merges": MERGES.table,
+    "learned": LEARNED.table,
     "rules": RULES.table,
     "compressions": COMPRESSIONS.table,
     "tuners": TUNERS.table,
-    "scorers": SCORERS.table,
     "forms": FORMS.table,
     "optimizers": OPTIMIZERS.table,
     "scorers": SCORERS.table,
@@ -75,9 +75,6 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if "cm
 def test_commands_parse(line: str) -> None:
     _, name, *arguments = shlex.split(line)
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
-    if hasattr(command, "commands"):
-        name, *arguments = arguments
-        command = command.commands[name]
     if hasattr(command, "commands"):
         name, *arguments = arguments
         command = command.commands[name]

@@ -52,13 +52,34 @@ def bound(inputs: Tensor, matrix: Tensor, update: Update, room: float = ROOM) ->
     Raises:
         CmloraError: if the shapes do not fit, or there is a single token.
     """
+    if inputs.ndim != 2 or inputs.shape[1] != matrix.shape[1]:
+        shapes = f"inputs {tuple(inputs.shape)}, a layer {tuple(matrix.shape)}"
+        raise CmloraError(f"{shapes}: the one does not fit the other")
+    return bound_of(inputs, inputs.double() @ matrix.double().T, update, room)
+
+
+def bound_of(inputs: Tensor, outputs: Tensor, update: Update, room: float = ROOM) -> Bound:
+    """The same from what the layer made of the inputs, without its matrix.
+
+    Args:
+        inputs: X (L, I), the tokens of one picture.
+        outputs: of the base model, (L, O).
+        update: of this layer.
+        room: the limit in units of the base's largest output.
+
+    Raises:
+        CmloraError: if the shapes do not fit, or there is a single token.
+    """
     up, down = update.factors()
     if inputs.ndim != 2 or len(inputs) < 2:
         raise CmloraError(f"inputs {tuple(inputs.shape)} are not two tokens or more")
-    if not inputs.shape[1] == matrix.shape[1] == down.shape[1] or len(matrix) != len(up):
-        raise CmloraError(f"an update {update.shape} does not fit a layer {tuple(matrix.shape)}")
-    x = inputs.double()
-    plain, added = x @ matrix.double().T, (x @ down.T) @ up.T
+    if inputs.shape[1] != down.shape[1] or outputs.shape != (len(inputs), len(up)):
+        raise CmloraError(
+            f"an update {update.shape} does not fit a layer from {inputs.shape[1]} to "
+            f"{outputs.shape[-1]}"
+        )
+    x, plain = inputs.double(), outputs.double()
+    added = (x @ down.T) @ up.T
     base = float(plain.abs().max())
     limit = room * base
     reach = (limit - plain * added.sign()) / added.abs()

@@ -125,7 +125,11 @@ def root(gram: Tensor | None, inputs: int) -> Tensor:
     mean = float(blocks.diagonal(dim1=1, dim2=2).sum()) / inputs
     # Fewer samples than inputs are normal for pictures.
     damping = 1e-6 * mean if mean > 0 else 1.0
-    triangle = torch.linalg.cholesky(blocks + damping * torch.eye(size, dtype=torch.double))
+    eye = torch.eye(size, dtype=torch.double)
+    triangle, failed = torch.linalg.cholesky_ex(blocks + damping * eye)
+    while bool(failed.any()):  # rounding of a stored gram can outweigh what was added
+        damping *= 10
+        triangle, failed = torch.linalg.cholesky_ex(blocks + damping * eye)
     whole = torch.zeros(inputs, inputs, dtype=torch.double)
     for index, block in enumerate(triangle):
         place = slice(index * size, (index + 1) * size)

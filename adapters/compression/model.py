@@ -7,14 +7,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cmlora import container
-from cmlora.adapters.compression.form import Method, check_keep, dense, from_tensors, nbytes, root
+from cmlora.adapters.compression.form import (
+    Form,
+    Method,
+    check_keep,
+    dense,
+    from_tensors,
+    nbytes,
+    root,
+)
+from cmlora.adapters.compression.knapsack import forms
 from cmlora.adapters.compression.layers import (
     CompactConv2d,
     CompactLinear,
@@ -65,7 +74,7 @@ def compress(
     keep: float,
     grams: Mapping[str, Tensor] | None = None,
     least: int = 16,
-    rule: Rule | None = None,
+    rule: Rule | Literal["knapsack"] | None = None,
 ) -> Compressed:
     """Put every linear layer and convolution of a model into a compact form, in place.
 
@@ -73,11 +82,12 @@ def compress(
         model: any; layers inside others are found by name.
         method: an entry of `cmlora.adapters.compression.COMPRESSIONS`.
         keep: share of each matrix's bytes; of all of them if there is a rule.
-        grams: see `cmlora.adapters.compression.calibration.grams`; layers without one count all
+        grams: see `cmlora.adapters.calibration.grams`; layers without one count all
             inputs alike.
         least: layers with fewer inputs or outputs stay as they are.
         rule: spreads the share over the layers by their spectra, ``welore`` or ``budget`` of
-            `cmlora.adapters.compression.RULES`; evenly if not given.
+            `cmlora.adapters.compression.RULES`; or ``knapsack``, which tries several shares of
+            every layer with the method itself and takes the best that fit. Evenly if not given.
 
     Raises:
         CmloraError: if the share is not above 0 and at most 1, or no layer becomes smaller.
@@ -90,11 +100,21 @@ def compress(
         for name, layer in model.named_modules()
         if fits(layer) and min(matrix_of(layer).shape) >= least
     }
-    shares = dict.fromkeys(large, keep) if rule is None else spread(large, rule, keep, moments)
+    chosen: dict[str, Form | None] = {}
+    shares: dict[str, float] = {}
+    if isinstance(rule, str):
+        matrices = {name: matrix_of(layer) for name, layer in large.items()}
+        chosen = forms(matrices, method, keep, moments, relative_error)
+    elif rule is None:
+        shares = dict.fromkeys(large, keep)
+    else:
+        shares = spread(large, rule, keep, moments)
     for name, layer in [pair for pair in model.named_modules() if fits(pair[1])]:
         matrix = matrix_of(layer)
         gram = moments.get(name)
-        form = method(matrix, shares[name], gram) if shares.get(name, 1.0) < 1 else None
+        form = chosen.get(name)
+        if shares.get(name, 1.0) < 1:
+            form = method(matrix, shares[name], gram)
         size = matrix.numel() * matrix.element_size()
         if form is None or nbytes(form) >= size:
             kept.append(name)

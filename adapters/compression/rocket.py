@@ -11,22 +11,27 @@ ATOMS_PER_CODE = 2.0
 
 
 def rocket(
-    matrix: Tensor, keep: float, gram: Tensor | None = None, importance: float = 0.5
+    matrix: Tensor,
+    keep: float,
+    gram: Tensor | None = None,
+    importance: float = 0.5,
+    ratio: float = ATOMS_PER_CODE,
 ) -> Sparse | None:
     """ROCKET's closed form (arXiv:2602.11008) for one layer.
 
-    The k first eigenvectors of ``(W L)^T (W L)`` are the atoms; of each output's codes the s = k/2
-    with the largest ``|c| |L^-T b|^importance`` are kept, up to a small common pool that goes to
-    the best of all outputs; then the atoms are fitted once more by least squares.
+    The k first eigenvectors of ``(W L)^T (W L)`` are the atoms; of each output's codes the
+    s = k / ratio with the largest ``|c| |L^-T b|^importance`` are kept, up to a small common pool
+    that goes to the best of all outputs; then the atoms are fitted once more by least squares.
 
     Args:
         matrix: W (O, I).
         keep: share of the bytes, mask included.
         gram: see `cmlora.adapters.compression.form.root`.
         importance: exponent of the atom's size outside the whitened space.
+        ratio: atoms per code of an output.
     """
     check_keep(keep)
-    rank, codes_each = layout(matrix, keep)
+    rank, codes_each = layout(matrix, keep, ratio)
     if codes_each < 1:
         return None
     whiten = root(gram, matrix.shape[1])
@@ -51,8 +56,8 @@ def rocket(
     return Sparse.of(atoms.to(matrix.dtype), codes.to(matrix.dtype))
 
 
-def layout(matrix: Tensor, keep: float) -> tuple[int, int]:
-    """(k atoms, s codes per output) with k about 2 s that use at most the share of the bytes."""
+def layout(matrix: Tensor, keep: float, ratio: float = ATOMS_PER_CODE) -> tuple[int, int]:
+    """(k atoms, s codes per output), k about ratio * s, that use at most the share of the bytes."""
     outputs, inputs = matrix.shape
     size = matrix.element_size()
     allowed = keep * outputs * inputs * size
@@ -62,7 +67,7 @@ def layout(matrix: Tensor, keep: float) -> tuple[int, int]:
     for rank in range(1, min(outputs, inputs) + 1):
         codes = int((allowed - rank * inputs * size - outputs * -(-rank // 8)) // (outputs * size))
         codes = min(codes, rank)
-        if codes < 1 or codes * ATOMS_PER_CODE < rank - 1:
+        if codes < 1 or codes * ratio < rank - 1:
             break
         best = (rank, codes)
     return best

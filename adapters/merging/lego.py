@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cmlora.adapters.analysis.coding_rate import sinkhorn, spectral
 from cmlora.adapters.merging.factors import Pair, canonical
 
-_RESTARTS, _SWEEPS = 10, 100
+_RESTARTS, _SWEEPS, _ETA = 10, 100, 0.1
 
 
 def lego(
@@ -21,6 +22,7 @@ def lego(
     rank: int | None = None,
     gauge: Literal["canon", "raw"] = "canon",
     reweight: bool = True,
+    cluster: Literal["kmeans", "mcr2"] = "kmeans",
 ) -> Pair:
     """One rank unit [b; a] per cluster, as long as its members are on average (arXiv:2409.16167).
 
@@ -31,6 +33,8 @@ def lego(
         rank: number of clusters; the largest rank if none is given.
         gauge: ``canon`` writes every LoRA in its canonical factors first, so that equal LoRAs
             have equal units; ``raw`` takes units as they are in the files.
+        cluster: ``kmeans`` by distance, as in the paper; ``mcr2`` by direction, from the doubly
+            stochastic affinity whose groups save most coding rate (arXiv:2301.01805).
         reweight: multiply by the root of (largest rank / clusters), against the changed variance.
     """
     units = []
@@ -42,7 +46,10 @@ def lego(
     pool = torch.cat(units)
     usual = max(len(rows) for rows in units)
     count = min(rank or usual, len(pool))
-    members = _cluster(pool @ pool.T, count, generator)
+    gram = pool @ pool.T
+    members = _cluster(gram, count, generator)
+    if cluster == "mcr2":
+        members = _alike(gram, count, generator)
     centres = (members / members.sum(0)).T @ pool
     lengths = (members / members.sum(0)).T @ pool.norm(dim=1)
     centres = centres * (lengths / centres.norm(dim=1).clamp_min(1e-300))[:, None]
@@ -77,6 +84,19 @@ def _cluster(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
         if spread < least:
             best, least = members, spread
     return best
+
+
+def _alike(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Membership (U, count) of units that point the same way, no cluster empty."""
+    lengths = gram.diagonal().sqrt().clamp_min(1e-300)
+    affinity = sinkhorn(gram / torch.outer(lengths, lengths), _ETA)
+    labels = spectral(affinity, count, int(torch.randint(2**31, (), generator=generator)))
+    for empty in set(range(count)) - set(labels.tolist()):
+        members = torch.nn.functional.one_hot(labels, count).to(gram)
+        far = _distances(gram, members / members.sum(0).clamp_min(1)).gather(1, labels[:, None])
+        crowded = torch.bincount(labels, minlength=count)[labels] > 1
+        labels[int(torch.where(crowded, far[:, 0], -torch.inf).argmax())] = empty
+    return torch.nn.functional.one_hot(labels, count).to(gram)
 
 
 def _spread(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -15,8 +15,25 @@ from cmlora.adapters.merging.factors import Pair
 from cmlora.errors import CmloraError
 
 Kind = Literal["sum", "average", "other"]
+Needs = Literal["none", "calib", "objective"]
 
-_GIVEN = ("rank", "generator", "grams")
+LAWS: Mapping[str, str] = {
+    "L1": "one LoRA at weight 1 comes out unchanged",
+    "L2a": "n copies at weight 1 / n are the original",
+    "L2b": "n copies at weight 1 are the original",
+    "L3": "the order of rank units is irrelevant",
+    "L4": "any two factorisations of the same LoRA give the same result",
+    "L5": "the order of the LoRAs is irrelevant",
+    "L6": "a missing module counts as zero",
+    "L7": "ranks may differ",
+    "L8": "linear layers and convolutions of any kernel",
+    "L9": "scales of any kind are in the factors of the result",
+    "L10": "a pipeline with the written file computes W + D",
+    "L11": "half precision in, finite half precision out",
+}
+"""What a method may promise. L5, L6 and L8 to L11 hold for all; a method without L7 says so."""
+
+_GIVEN = ("rank", "generator", "grams", "control", "seed", "name", "on_step")
 
 
 class Outcome(NamedTuple):
@@ -37,8 +54,10 @@ class Method:
 
     Args:
         function: takes the pairs of factors and the weights of the LoRAs that change the module,
-            and returns a `Pair`, a dense matrix or an `Outcome`. Keyword arguments called ``rank``,
-            ``generator`` and ``grams`` are filled in by the caller, all others are options.
+            and returns a `Pair`, a dense matrix or an `Outcome`; one that learns takes whole LoRAs
+            and a loss, and returns a `cmlora.adapters.merging.learn.Fitted`. Keyword arguments
+            called ``rank``, ``generator``, ``grams``, ``control``, ``seed``, ``name`` and
+            ``on_step`` are filled in by the caller, all others are options.
         kind: what the weights mean. ``sum``: n copies at weight 1 / n are the original;
             ``average``: n copies at weight 1 are; ``other``: neither.
         promises: the optional laws it keeps. ``identity``: one LoRA at weight 1 comes out
@@ -48,10 +67,25 @@ class Method:
         lossless: options under which identity and the law of its kind hold.
     """
 
-    function: Callable[..., Pair | Tensor | Outcome]
+    function: Callable[..., Any]
     kind: Kind
     promises: frozenset[str] = frozenset({"identity", "units", "gauge", "ranks", "many"})
     lossless: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def laws(self) -> frozenset[str]:
+        """Which of `LAWS` hold, under the lossless options."""
+        named = {"identity": "L1", "units": "L3", "gauge": "L4", "ranks": "L7"}
+        held = {law for promise, law in named.items() if promise in self.promises}
+        of_kind = {"sum": {"L2a"}, "average": {"L2b"}, "other": set()}[self.kind]
+        return frozenset(held | of_kind | {"L5", "L6", "L8", "L9", "L10", "L11"})
+
+    @property
+    def needs(self) -> Needs:
+        """What it needs besides files: calibration data, an objective on a model, or nothing."""
+        if self.needs_grams:
+            return "calib"
+        return "objective" if self.takes("loss") else "none"
 
     @property
     def needs_grams(self) -> bool:

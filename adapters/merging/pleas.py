@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmlora.adapters.merging.factors import Pair
-from cmlora.errors import CmloraError
+from cmlora.adapters.merging.moments import seen, total, unseen
 
 
 def pleas(
@@ -27,31 +27,11 @@ def pleas(
     Args:
         pairs: factors.
         weights: of the updates that are followed.
-        grams: (M, M) second moments of the inputs while a LoRA is active, one per LoRA.
+        grams: second moments of the inputs while a LoRA is active, one per LoRA; see
+            `cmlora.adapters.calibration.Seen`.
         ridge: lambda as a share of the mean diagonal entry.
     """
-    total = check_grams(pairs, grams)
-    # Positive even for inputs that were never seen, so that there is always a solution.
-    damping = max(ridge, 1e-12) * float(total.diagonal().mean()) + 1e-300
-    damped = total + damping * torch.eye(len(total), dtype=total.dtype)
-    downs = [pair.down @ gram for pair, gram in zip(pairs, grams, strict=True)]
-    down = torch.linalg.solve(damped, torch.cat(downs).T).T
+    every = total(pairs[0].down.shape[1], grams)
+    downs = [seen(pair.down, gram) for pair, gram in zip(pairs, grams, strict=True)]
     ups = [pair.up * weight for pair, weight in zip(pairs, weights, strict=True)]
-    return Pair(torch.cat(ups, 1), down)
-
-
-def check_grams(pairs: Sequence[Pair], grams: Sequence[Tensor]) -> Tensor:
-    """The sum of the Gram matrices.
-
-    Raises:
-        CmloraError: if one has another width than the module, or holds NaN.
-    """
-    width = pairs[0].down.shape[1]
-    for gram in grams:
-        if gram.shape != (width, width) or not gram.isfinite().all():
-            raise CmloraError(
-                f"calibration data of shape {tuple(gram.shape)} does not fit {width} inputs"
-                if gram.shape != (width, width)
-                else "calibration data holds NaN or infinity"
-            )
-    return torch.stack(list(grams)).sum(0)
+    return Pair(torch.cat(ups, 1), unseen(torch.cat(downs), every, ridge))

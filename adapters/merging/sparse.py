@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cmlora.adapters.compression.completion import complete
 from cmlora.adapters.merging.agree import Sign, add, elect
 from cmlora.adapters.merging.factors import Pair
 from cmlora.adapters.merging.method import Outcome, share
@@ -70,6 +71,8 @@ def ties(
     sign: Sign = "total",
     signed_vote: bool = False,
     space: Space = "delta",
+    rank: int | None = None,
+    fill: bool = False,
 ) -> Outcome:
     """Trim to the largest entries, elect a sign per place, average what agrees.
 
@@ -80,9 +83,24 @@ def ties(
         sign: see `cmlora.adapters.merging.agree.elect`.
         signed_vote: see there.
         space: ``delta`` (the paper's), or ``factor`` for up and down apart.
+        rank: of the result where entries are filled in; the largest of the LoRAs' if not given.
+        fill: take what was trimmed or lost the election for unknown instead of zero, and complete
+            it at the rank, which is slow. For LoRAs whose trimmed entries were no noise.
     """
     share("density", density)
-    return _merge(pairs, weights, lambda t: largest(t, density), space, (sign, signed_vote))
+    if fill and space == "factor":
+        raise CmloraError("fill completes updates, so that it needs space=delta")
+    found = _merge(pairs, weights, lambda t: largest(t, density), space, (sign, signed_vote))
+    if not fill:
+        return found
+    value, notes = found
+    assert isinstance(value, Tensor)
+    target = min(rank or max(pair.rank for pair in pairs), *value.shape)
+    known = value != 0
+    if not bool(known.any()):
+        return found
+    u, v = complete(value, known, target)
+    return Outcome(Pair(u, v.T), {**notes, "known": float(known.double().mean())})
 
 
 def della(

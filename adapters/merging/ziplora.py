@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cmlora.adapters.merging.factors import Pair
-from cmlora.adapters.merging.pleas import check_grams
+from cmlora.adapters.merging.moments import diagonal, seen
+from cmlora.adapters.merging.moments import total as summed
 
 
 def ziplora(
@@ -28,20 +29,21 @@ def ziplora(
     Args:
         pairs: factors.
         weights: of the updates that are followed.
-        grams: (M, M) second moments of the inputs while a LoRA is active, one per LoRA.
+        grams: second moments of the inputs while a LoRA is active, one per LoRA; see
+            `cmlora.adapters.calibration.Seen`.
         steps: at most this many of conjugate gradients.
     """
-    total = check_grams(pairs, grams)
+    total = summed(pairs[0].down.shape[1], grams)
     ups = [pair.up * weight for pair, weight in zip(pairs, weights, strict=True)]
     downs = [pair.down for pair in pairs]
     count, width = len(pairs), downs[0].shape[1]
 
     def products(scaled: Sequence[Tensor], gram: Tensor) -> Tensor:
         """By a the diagonal of D_a^T (sum_b B_b scaled_b) G, (N, M)."""
-        seen = [down @ gram for down in scaled]
+        met = [seen(down, gram) for down in scaled]
         rows = []
         for up, down in zip(ups, downs, strict=True):
-            mixed = sum((up.T @ other @ s for other, s in zip(ups, seen, strict=True)), 0 * down)
+            mixed = sum((up.T @ other @ s for other, s in zip(ups, met, strict=True)), 0 * down)
             rows.append((down * mixed).sum(0))
         return torch.stack(rows)
 
@@ -56,7 +58,7 @@ def ziplora(
     left = target - apply(columns)
     # Columns differ in size by orders of magnitude: scale by the diagonal of H.
     sizes = torch.stack([(u @ d).square().sum(0) for u, d in zip(ups, downs, strict=True)])
-    scale = 1 / (sizes * total.diagonal()).clamp_min(1e-300)
+    scale = 1 / (sizes * diagonal(total)).clamp_min(1e-300)
     step = scale * left
     energy, enough = float((left * step).sum()), 1e-24 * float((scale * target**2).sum())
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""`cmlora analyze`: what a whole folder of LoRAs is made of."""
+"""`cmlora analyze`: a whole folder of LoRAs, two LoRAs or models, or how strong LoRAs may be."""
 
 import csv
 import math
@@ -8,28 +8,76 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cmlora.cli.align import align
 from cmlora.cli.console import emit, err, out, status
-from cmlora.cli.options import AsJson
+from cmlora.cli.options import AsJson, LoRAFolder
+from cmlora.cli.strength import strength
 from cmlora.errors import CmloraError
+
+KINDS = ("library", "align", "strength")
 
 
 def analyze(
-    what: Annotated[str, typer.Argument(help="library")],
-    folder: Annotated[Path, typer.Argument(help="A folder of LoRA files for one model.")],
+    what: Annotated[str, typer.Argument(help="library, align or strength.")],
+    references: Annotated[
+        list[str],
+        typer.Argument(help="A folder of LoRAs; two LoRAs or two models; LoRAs with weights."),
+    ],
     scores: Annotated[
         Path | None,
         typer.Option(help="CSV of measured pairs, NAME,NAME,SCORE; the other pairs are guessed."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For align of LoRAs: measure the barrier on this model.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="For align: what models are asked; may be repeated.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="For align: places on the way, ends included.")] = 11,
+    follow: Annotated[
+        int, typer.Option(help="For align of models: steps of matching that follow the loss.")
+    ] = 0,
+    calib: Annotated[
+        Path | None, typer.Option(help="For strength: what cmlora calib wrote.")
+    ] = None,
+    lora_dir: LoRAFolder = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the similarities into this .png or .svg.")
+        Path | None, typer.Option(help="Draw what was found into this .png or .svg.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find neighbours, duplicates and clusters in a folder of LoRAs, and promising pairs.
+    """Look at a folder of LoRAs, at whether two can become one, or at how strong they may be.
 
     Example: [bold]cmlora analyze library loras/ --scores measured.csv[/bold]
+
+    Example: [bold]cmlora analyze align cat.safetensors hat.safetensors --plot likeness.svg[/bold]
     """
+    if what not in KINDS:
+        raise CmloraError(f"cannot analyze {what!r}; known: {', '.join(KINDS)}")
+    if plot is not None and plot.exists() and not force:
+        raise CmloraError(f"{plot} exists; --force replaces it")
+    if what == "align":
+        align(
+            references,
+            model=model,
+            prompts=prompt or (),
+            points=points,
+            follow=follow,
+            folder=lora_dir,
+            plot=plot,
+            as_json=as_json,
+        )
+    elif what == "strength":
+        strength(references, calib=calib, folder=lora_dir, plot=plot, as_json=as_json)
+    elif len(references) != 1:
+        raise CmloraError(f"library looks at one folder, not {len(references)}")
+    else:
+        _library(Path(references[0]), scores, plot, as_json)
+
+
+def _library(folder: Path, scores: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Neighbours, duplicates and clusters in a folder, and promising pairs."""
     from dataclasses import replace
 
     from cmlora.adapters.analysis.heatmap import Heatmap
@@ -39,12 +87,8 @@ def analyze(
     from cmlora.files import read
     from cmlora.pipelines.library import SUFFIX
 
-    if what != "library":
-        raise CmloraError(f"cannot analyze {what!r}; known: library")
     if not folder.is_dir():
         raise CmloraError(f"{folder} is not a folder")
-    if plot is not None and plot.exists() and not force:
-        raise CmloraError(f"{plot} exists; --force replaces it")
     paths = sorted(folder.glob(f"*{SUFFIX}"))
     if len(paths) < 2:
         raise CmloraError(f"{folder} holds {len(paths)} {SUFFIX} files; two or more are compared")

@@ -9,6 +9,8 @@ from typer.core import TyperGroup
 
 from cmlora import __version__
 from cmlora.cli.analyze import analyze
+from cmlora.cli.bake import bake
+from cmlora.cli.calib import calib
 from cmlora.cli.compare import compare
 from cmlora.cli.compress import compress
 from cmlora.cli.console import err
@@ -103,6 +105,8 @@ for command, panel in (
     (doctor, FILES),
     (analyze, FILES),
     (merge, FILES),
+    (bake, FILES),
+    (calib, FILES),
     (pack, FILES),
     (unpack, FILES),
     (train, FILES),
@@ -111,6 +115,7 @@ for command, panel in (
     (env, STUDIES),
 ):
     app.command(rich_help_panel=panel)(command)
+
 app.add_typer(evaluate, name="evaluate", rich_help_panel=STUDIES)
 
 

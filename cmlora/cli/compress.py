@@ -1,6 +1,5 @@
 """`cmlora compress`: smaller LoRA files and denoisers, with the loss stated."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,8 @@ import typer
 from rich.table import Table
 
 from cmlora.cli import options
-from cmlora.cli.console import emit, err, out, quiet_libraries, status
+from cmlora.cli.console import emit, out, status
+from cmlora.cli.denoiser import Training, denoiser
 from cmlora.errors import CmloraError
 
 
@@ -33,9 +33,25 @@ def compress(
         list[str] | None,
         typer.Option(help="Measure a denoiser's inputs with this prompt; may be repeated."),
     ] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="A denoiser's inputs as cmlora calib --all measured them.")
+    ] = None,
     spread: Annotated[
-        str, typer.Option(help="Spread the share over a denoiser's layers: welore or budget.")
+        str,
+        typer.Option(help="Spread the share over a denoiser's layers: welore, budget, knapsack."),
     ] = "",
+    prune: Annotated[
+        int, typer.Option(help="Steps that pull a denoiser towards low rank before.")
+    ] = 0,
+    heal: Annotated[
+        int, typer.Option(help="Steps that distil the denoiser into its smaller self after.")
+    ] = 0,
+    nest: Annotated[
+        int, typer.Option(help="Steps that sort the factors, for --cut and for cutting later.")
+    ] = 0,
+    cut: Annotated[
+        float, typer.Option(help="Share of the factors' rank that is left in the end.")
+    ] = 1.0,
     lora_dir: options.LoRAFolder = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: options.AsJson = False,
@@ -56,10 +72,22 @@ def compress(
     if model.is_file():
         if half:
             raise CmloraError("--half is for LoRA files")
-        result = _denoiser(source, out_file, method or "svd", keep, prompt or (), spread)
+        result = denoiser(
+            source,
+            out_file,
+            method or "svd",
+            0.5 if keep is None else keep,
+            prompts=prompt or (),
+            calib=calib,
+            spread=spread,
+            training=Training(prune, heal, nest, cut),
+        )
     else:
-        if prompt or spread:
-            raise CmloraError("--prompt and --spread are for a model's folder")
+        if prompt or spread or calib or prune or heal or nest or cut != 1:
+            raise CmloraError(
+                "--prompt, --calib, --spread, --prune, --heal, --nest and --cut are for a model's "
+                "folder"
+            )
         result = _lora(what, lora_dir, out_file, method or "energy", keep, half)
     if as_json:
         emit(result)
@@ -74,6 +102,8 @@ def compress(
     error = result["error"]
     lost = f", {error:.2%} of the update's norm lost" if error is not None else ""
     out.print(f"{share:.0%} of the bytes{lost}", soft_wrap=True)
+    for stage, found in result.get("answers", {}).items():
+        out.print(f"answers {stage}: {found:.2%} away from the original's", highlight=False)
 
 
 def _lora(
@@ -106,52 +136,4 @@ def _lora(
         "weights_after": resized.after,
         "rank": [min(ranks), max(ranks)],
         "modules": {module: change._asdict() for module, change in resized.changes.items()},
-    }
-
-
-def _denoiser(
-    folder: Path,
-    target: Path,
-    method: str,
-    keep: float | None,
-    prompts: Sequence[str],
-    spread: str,
-) -> dict[str, Any]:
-    import torch
-
-    from cmlora.adapters.compression import COMPRESSIONS, RULES
-    from cmlora.adapters.compression.calibration import grams
-    from cmlora.adapters.compression.model import compress as shrink
-    from cmlora.adapters.compression.model import save
-    from cmlora.pipelines.models import open_pipeline
-
-    shrinking = COMPRESSIONS[method].object
-    if spread not in ("", "welore", "budget"):
-        raise CmloraError(f"--spread {spread}: expected welore or budget")
-    rule = RULES[spread].object if spread else None
-    quiet_libraries()
-    with status("loading"):
-        pipe = open_pipeline(folder)
-    pipe.set_progress_bar_config(disable=True)
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-
-    def draw() -> None:
-        for seed, text in enumerate(prompts):
-            noise = torch.Generator().manual_seed(seed)
-            pipe(text, num_inference_steps=4, generator=noise, output_type="latent")
-
-    with status("measuring inputs"):
-        moments = grams(denoiser, draw) if prompts else {}
-    with status("compressing"):
-        done = shrink(denoiser, shrinking, 0.5 if keep is None else keep, moments, rule=rule)
-        save(denoiser, target)
-    err.print(f"use it with cmlora.adapters.compression.model.load(denoiser, {str(target)!r})")
-    return {
-        "file": str(target),
-        "method": method,
-        "error": None,
-        "bytes_before": done.before,
-        "bytes_after": done.after,
-        "kept": list(done.kept),
-        "modules": {name: saved._asdict() for name, saved in done.layers.items()},
     }

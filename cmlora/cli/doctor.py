@@ -17,6 +17,10 @@ def doctor(
     base: Annotated[
         str | None, typer.Option(help="What they are used with: sd15, sd2, sdxl, sd3, flux.")
     ] = None,
+    calib: Annotated[
+        Path | None,
+        typer.Option(help="What cmlora calib measured on their base: how strong they may be."),
+    ] = None,
     lora_dir: LoRAFolder = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw cosines by block into this .png or .svg.")
@@ -32,6 +36,8 @@ def doctor(
 
     from cmlora.adapters.analysis.doctor import examine
     from cmlora.adapters.analysis.heatmap import of_pairs
+    from cmlora.adapters.analysis.saturation import Saturation, advise, saturation, to_json
+    from cmlora.adapters.calibration import load
     from cmlora.files import read
     from cmlora.frequency.card import read_card
     from cmlora.pipelines.library import adapter_name, find
@@ -50,11 +56,16 @@ def doctor(
     with status("comparing"):
         report = examine(found, base, frequency)
     pairs = report.pairs()
+    limits: tuple[Saturation, ...] = ()
+    if calib is not None:
+        with status("measuring"):
+            limits = saturation(load(calib), found, [1.0] * len(found))
+        report = replace(report, advice=(*report.advice, *advise(limits, {})))
     if plot is not None:
         of_pairs("cosine of the updates by block", pairs).save(plot)
         err.print(f"wrote {plot}")
     if as_json:
-        emit(report.json())
+        emit({**report.json(), **({"strength": to_json(limits)} if limits else {})})
         return
     facts = report.findings
     table = Table("LoRA", "size", "detail", "spikes", title=f"for {report.family}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,8 @@ from rich.table import Column, Table
 
 from cmlora.cli import arguments, options
 from cmlora.cli.console import emit, out, progress
+from cmlora.cli.learned import LEARNERS, Task, learned
+from cmlora.cli.whole import is_model, whole
 from cmlora.errors import CmloraError
 
 _MEANING = {
@@ -37,6 +40,30 @@ def merge(
         float | None, typer.Option(help="Share of entries kept; short for --option density=.")
     ] = None,
     option: options.Settings = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="What cmlora calib wrote, for methods that need inputs.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="For methods that learn: emoji, a folder, a file, or a hub id.")
+    ] = "emoji",
+    objective: Annotated[
+        str, typer.Option(help="What is learnt: distill, clip_score, denoise_mse with --refs.")
+    ] = "distill",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="To learn at; each LoRA's trigger word if empty.")
+    ] = None,
+    refs: Annotated[
+        Path | None, typer.Option(help="A folder of pictures, for denoise_mse.")
+    ] = None,
+    questions: Annotated[
+        int, typer.Option(help="Denoising steps that are learnt at, per LoRA or picture.")
+    ] = 4,
+    control: Annotated[
+        bool, typer.Option("--control/--no-control", help="Learn on random LoRAs too.")
+    ] = True,
+    matching: Annotated[
+        bool, typer.Option("--match/--no-match", help="Bring the units of two models into step.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of methods that draw random numbers.")] = 0,
     name: Annotated[str, typer.Option(help="Of the result; the output's stem if empty.")] = "",
     lora_dir: options.LoRAFolder = None,
@@ -44,6 +71,9 @@ def merge(
     as_json: options.AsJson = False,
 ) -> None:
     """Merge LoRA files into one that any diffusers pipeline loads, and say how exact it is.
+
+    The methods lorahub, atlas, concrete and ziplora_trained learn the merge on a model. Two folders
+    of models instead of LoRAs become a third one, by mean or pleas.
 
     Example: [bold]cmlora merge a.safetensors:0.8 b.safetensors:0.6 --method ties --rank 32 -o c.safetensors[/bold]
     """  # noqa: E501
@@ -53,8 +83,21 @@ def merge(
     from cmlora.pipelines.library import adapter_name, find
     from cmlora.pipelines.models import EMBEDDED
 
-    if MERGES[method].object.needs_grams:
-        raise CmloraError(f"{method} needs calibration data; call it from Python")
+    if any(map(is_model, loras)):
+        whole(
+            loras,
+            output,
+            method,
+            prompts=prompt or (),
+            matching=matching,
+            seed=seed,
+            force=force,
+            as_json=as_json,
+        )
+        return
+    learns = method in LEARNERS
+    if not learns and MERGES[method].object.needs_grams and calib is None:
+        raise CmloraError(f"{method} needs calibration data: --calib FILE, from cmlora calib")
     writable(output, force)
     paths, strengths = _inputs(loras, weights)
     sources: dict[str, Path] = {}
@@ -66,7 +109,23 @@ def merge(
     settings: dict[str, Any] = dict(arguments.pairs("--option", option or ()))
     if density is not None:
         settings["density"] = density
+    if learns:
+        task = Task(model, objective, prompt or (), refs, control, questions)
+        learned(
+            task,
+            method,
+            sources,
+            strengths,
+            output,
+            name=name or output.stem,
+            rank=rank,
+            seed=seed,
+            settings=settings,
+            as_json=as_json,
+        )
+        return
     found = [replace(read(path), name=own) for own, path in sources.items()]
+    grams = None if calib is None else _grams(calib, sources)
     with progress("merging", 1) as bar:
         result = combine(
             found,
@@ -75,6 +134,7 @@ def merge(
             name=name or output.stem,
             rank=rank,
             seed=seed,
+            grams=grams,
             advance=lambda i, n: bar.update(bar.task_ids[0], completed=i, total=n),
             **settings,
         )
@@ -102,6 +162,16 @@ def merge(
         out.print(f"note: {remark}")
     size = f"{output.stat().st_size / 2**20:.1f} MB"
     out.print(f"{output}: rank {report.rank}, {size}, {report.seconds:.1f} s", soft_wrap=True)
+
+
+def _grams(calib: Path, sources: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
+    """Second moments by the names that the LoRAs have here, which may not be those they had."""
+    from cmlora.adapters.calibration import load
+    from cmlora.files import sha256
+
+    known = load(calib)
+    own = {name: known.name_of(name, sha256(path)) for name, path in sources.items()}
+    return {name: known.grams(other) for name, other in own.items()}
 
 
 def writable(output: Path, force: bool) -> None:

@@ -28,7 +28,7 @@ def test_a_library(lora_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "table", "message"),
     [
-        ("pictures", "", "known: library"),
+        ("pictures", "", "known: library, align, strength"),
         ("library", "cat,hat,0.5\ncat,ink", "line 2"),
         ("library", "cat,hat,nan", "line 1"),
         ("library", "cat,dog,1", "dog"),

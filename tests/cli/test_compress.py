@@ -77,11 +77,42 @@ def test_a_smaller_denoiser(model_folder: Path, tmp_path: Path) -> None:
     assert model_bytes(denoiser) == report["bytes_after"]
 
 
+def test_a_denoiser_is_trained_around_its_compression(model_folder: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.safetensors"
+    arguments = ["compress", str(model_folder), "--keep", "0.6", "--out", str(small), "--json"]
+    steps = ["--prune", "2", "--nest", "2", "--cut", "0.8", "--heal", "12", "--prompt", "a cat"]
+    result = CliRunner().invoke(app, [*arguments, *steps])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    answers = report["answers"]
+    assert list(answers) == ["pruned", "compressed", "nested", "cut", "healed"]
+    assert answers["healed"] < answers["cut"]
+    denoiser = tiny.unet_sd15()
+    load(denoiser, small)
+    assert model_bytes(denoiser) == report["bytes_after"] < report["bytes_before"]
+
+
+def test_measured_once_and_spread_by_trying(model_folder: Path, tmp_path: Path) -> None:
+    small, calib = tmp_path / "small.safetensors", tmp_path / "calib.safetensors"
+    measure = ["calib", "--model", str(model_folder), "--prompt", "a cat", "--all", "--steps", "1"]
+    result = CliRunner().invoke(app, [*measure, "-o", str(calib)])
+    assert result.exit_code == 0, result.output
+    arguments = ["compress", str(model_folder), "--keep", "0.7", "--out", str(small), "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--calib", str(calib), "--spread", "knapsack"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["bytes_after"] < report["bytes_before"]
+    assert report["answers"] == {}
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--heal", "3"], "give a --prompt"),
+        (["--cut", "2"], "up to 1"),
+        (["--prune", "-1"], "count steps"),
         (["--method", "energy"], "unknown compression method"),
-        (["--spread", "evenly"], "welore or budget"),
+        (["--spread", "evenly"], "welore, budget, knapsack"),
         (["--half"], "LoRA files"),
         (["--keep", "0"], "above 0"),
     ],

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cmlora.adapters.calibration import grams
 from cmlora.adapters.compression import COMPRESSIONS, RULES
-from cmlora.adapters.compression.calibration import grams
 from cmlora.adapters.compression.cospadi import improve, pursue
-from cmlora.adapters.compression.form import GRID, Factors, Form, Sparse, dense, nbytes
+from cmlora.adapters.compression.form import GRID, Factors, Form, Sparse, dense, nbytes, root
 from cmlora.adapters.compression.heal import Call, heal
 from cmlora.adapters.compression.layers import matrix_of
 from cmlora.adapters.compression.model import (
@@ -208,8 +208,19 @@ def test_moments_of_convolutions_are_those_of_patches() -> None:
     out = layer(hidden) - layer.bias[None, :, None, None]  # type: ignore[index]
     matrix = layer.weight.detach().flatten(1).double()
     energy = float((matrix @ moments["down"] * matrix).sum())
-    assert energy == pytest.approx(float(out.detach().double().square().sum()), rel=1e-4)
+    mean = out.detach().double().square().sum(1).mean()  # over all places
+    assert energy == pytest.approx(float(mean), rel=1e-4)
     assert not model.down._forward_pre_hooks
+
+
+def test_a_gram_that_lost_its_digits_still_has_a_root() -> None:
+    rows = random(6, 300) * torch.logspace(3, -3, 300)
+    gram = (rows.T @ rows).double()  # of rank 6, with the rounding of single precision
+    gram = gram - 1e-4 * float(gram.diagonal().max()) * torch.eye(300).double()
+    found = root(gram, 300)
+    assert found.isfinite().all()
+    largest = float(gram.diagonal().max())
+    assert float((found @ found.T - gram).abs().max()) < 1e-2 * largest
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:

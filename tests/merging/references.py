@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 Array = np.ndarray
 Reference = Callable[[Sequence[Array], Sequence[float]], Array]
@@ -175,3 +176,66 @@ def clusters(units: Array, count: int) -> float:
             total += float(((group - group.mean(0)) ** 2).sum())
         best = min(best, total)
     return best
+
+
+Drawn = Callable[[Sequence[Array], Sequence[float], torch.Generator], Array]
+
+
+def draw(chances: Array, generator: torch.Generator) -> Array:
+    """Zeros and ones with these chances, drawn as the program draws them."""
+    return np.asarray(torch.bernoulli(torch.from_numpy(chances), generator=generator).numpy())
+
+
+def dropped(
+    deltas: Sequence[Array], generator: torch.Generator, density: float = 0.5
+) -> list[Array]:
+    return [
+        delta * draw(np.full(delta.shape, density, delta.dtype), generator) / density
+        for delta in deltas
+    ]
+
+
+def dare_linear(
+    deltas: Sequence[Array], weights: Sequence[float], generator: torch.Generator
+) -> Array:
+    return weighted_sum(dropped(deltas, generator), weights)
+
+
+def dare_ties(
+    deltas: Sequence[Array], weights: Sequence[float], generator: torch.Generator
+) -> Array:
+    return elected(dropped(deltas, generator), weights)
+
+
+def della(deltas: Sequence[Array], weights: Sequence[float], generator: torch.Generator) -> Array:
+    density, epsilon = 0.5, 0.2
+    kept = []
+    for delta in deltas:
+        rows, columns = delta.shape
+        chances = np.zeros(delta.shape, delta.dtype)
+        for row in range(rows):
+            order = np.argsort([abs(value) for value in delta[row]], kind="stable")
+            for rank, column in enumerate(order):
+                chances[row, column] = density + (rank / (columns - 1) - 0.5) * epsilon
+        kept.append(delta * draw(chances, generator) / chances)
+    return elected(kept, weights)
+
+
+def knots_dare(
+    deltas: Sequence[Array], weights: Sequence[float], generator: torch.Generator
+) -> Array:
+    stacked = np.concatenate([delta.astype(np.float64) for delta in deltas], 1)
+    u, s, vh = np.linalg.svd(stacked, full_matrices=False)
+    keep = int((s > 1e-6 * s[0]).sum())
+    right = (s[:keep, None] * vh[:keep]).reshape(keep, len(deltas), -1)
+    tasks = [np.ascontiguousarray(right[:, index]) for index in range(len(deltas))]
+    return np.asarray(u[:, :keep] @ weighted_sum(dropped(tasks, generator), weights))
+
+
+RANDOM: dict[str, Drawn] = {
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+    "della": della,
+    "knots_dare": knots_dare,
+}
+"""Methods that draw random numbers; the draws are handed over, the formulas are not."""

@@ -116,6 +116,24 @@ def test_ties_by_hand() -> None:
     assert found.notes["kept"] == pytest.approx(5 / 6)
 
 
+def test_trimmed_entries_can_be_filled_in() -> None:
+    pair = a_pair(0, 30, 28, 2)
+    zero = ties([pair], [1.0], density=0.6).value
+    assert isinstance(zero, Tensor)
+    cut = product(nearest(zero, 2))
+    found = ties([pair], [1.0], density=0.6, fill=True)
+    assert isinstance(found.value, Pair)
+    assert found.value.rank == 2
+    assert found.notes["known"] == pytest.approx(0.6, abs=0.01)
+    errors = [
+        float((d - product(pair)).norm() / product(pair).norm())
+        for d in (cut, product(found.value))
+    ]
+    assert errors[1] < 0.5 * errors[0]
+    with pytest.raises(CmloraError, match="space=delta"):
+        ties([pair], [1.0], fill=True, space="factor")
+
+
 def test_a_negative_weight_can_vote_negatively() -> None:
     matrices = [torch.tensor([[3.0]]), torch.tensor([[2.0]])]
     assert elect(matrices, [1.0, -2.0]).value.tolist() == [[-0.5]]
@@ -213,6 +231,7 @@ def test_lego_makes_copies_one() -> None:
     copies = [original, named(permuted(original), "b")]
     assert distance(merge(copies, [1.0, 1.0], "lego").lora, original) < 1e-6
     assert distance(merge(copies, [1.0, 1.0], "lego", gauge="raw").lora, original) < 1e-6
+    assert distance(merge(copies, [1.0, 1.0], "lego", cluster="mcr2").lora, original) < 1e-6
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
     flipped = {
         m: replace(u, up=u.up * signs, down=u.down * signs.reshape(-1, *[1] * (u.down.ndim - 1)))
@@ -227,6 +246,8 @@ def test_lego_with_every_unit_its_own_cluster_is_the_sum() -> None:
     loras = [make("a", 3), make("b", 2)]
     found = merge(loras, [0.8, -0.6], "lego", rank=5, reweight=False)
     assert found.report.error < 1e-6
+    directions = merge(loras, [0.8, -0.6], "lego", rank=5, reweight=False, cluster="mcr2")
+    assert directions.report.error < 1e-6
     stronger = merge(loras, [0.8, -0.6], "lego", rank=2)
     assert stronger.report.rank == 2
 

@@ -143,3 +143,99 @@ def test_their_election_ignores_the_sign_of_weights() -> None:
     expected = {module: -2 * delta for module, delta in loras[1].deltas().items()}
     assert gap(voted, expected) < 0.05
     assert gap(wrong, expected) > 0.5
+
+
+@pytest.mark.parametrize("rs", [False, True])
+def test_their_linear_in_numbers(rs: bool) -> None:
+    """What is known of it at rank 4: off by more than the sum itself, and worse with rsLoRA."""
+    peft = model(SEEDS, alpha=4, rs=rs)
+    loras = [ours(peft, name) for name in WEIGHTS]
+    exact = merge(loras, list(WEIGHTS.values()), "linear").lora.deltas()
+    assert gap(exact, merge(loras, list(WEIGHTS.values()), "cat").lora.deltas()) < 1e-5
+    wrong = theirs(peft, WEIGHTS, combination_type="linear")
+    # The scale goes into the factors under a root and the merged adapter keeps a scale of its own.
+    root = 2.0 if rs else 1.0
+    factors = merge(loras, list(WEIGHTS.values()), "factor_linear").lora.deltas()
+    assert gap(wrong, {m: root * delta for m, delta in factors.items()}) < 1e-4
+
+
+def test_their_svd_is_too_strong_by_the_root_of_the_rank_with_rslora() -> None:
+    peft = model(SEEDS, alpha=4, rs=True)
+    loras = [ours(peft, name) for name in WEIGHTS]
+    right = merge(loras, list(WEIGHTS.values()), "svd", rank=4).lora.deltas()
+    wrong = theirs(peft, WEIGHTS, combination_type="svd", svd_rank=4)
+    for module, delta in right.items():
+        assert float(wrong[module].norm() / delta.norm()) == pytest.approx(4**0.5, rel=1e-3)
+        assert gap({module: wrong[module] / 2}, {module: delta}) < 1e-3
+
+
+def test_their_svd_builds_every_right_singular_vector_unless_told_otherwise() -> None:
+    import inspect
+
+    from peft import LoraModel
+
+    default = inspect.signature(LoraModel.add_weighted_adapter).parameters["svd_full_matrices"]
+    assert default.default is True
+    peft = model(SEEDS)
+    loras = [ours(peft, name) for name in WEIGHTS]
+    found = merge(loras, list(WEIGHTS.values()), "svd", rank=3).lora
+    for full in (True, False):
+        expected = theirs(
+            model(SEEDS), WEIGHTS, combination_type="svd", svd_rank=3, svd_full_matrices=full
+        )
+        assert gap(found.deltas(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune", "dare_linear", "dare_ties"])
+def test_they_need_equal_ranks_and_we_do_not(kind: str) -> None:
+    peft = get_peft_model(
+        Two(), LoraConfig(r=4, lora_alpha=4, target_modules=["lin", "conv"]), adapter_name="a"
+    )
+    peft.add_adapter("b", LoraConfig(r=2, lora_alpha=2, target_modules=["lin", "conv"]))
+    for key, parameter in peft.named_parameters():
+        if ".lora_" in key:
+            parameter.data = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(len(key))
+            )
+    with pytest.raises(ValueError, match="same r value"):
+        theirs(peft, WEIGHTS, combination_type=kind, density=0.5)
+    loras = [ours(peft, name) for name in WEIGHTS]
+    assert merge(loras, [0.8, 0.6], "ties").report.rank == 6
+    assert merge(loras, [0.8, 0.6], "linear").report.error < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
+def test_random_merges_are_the_same_in_distribution(kind: str) -> None:
+    """Draws differ; means over many do not."""
+    sums: list[dict[str, Tensor]] = [{}, {}]
+    draws = 60
+    loras = [ours(model(SEEDS), name) for name in WEIGHTS]
+    torch.manual_seed(0)
+    for seed in range(draws):
+        wrong = theirs(
+            model(SEEDS), WEIGHTS, combination_type=f"{kind}_svd", density=0.5, svd_rank=6
+        )
+        own = merge(loras, [0.8, 0.6], kind, density=0.5, rank=6, seed=seed).lora.deltas()
+        for table, found in zip(sums, (wrong, own), strict=True):
+            for module, delta in found.items():
+                table[module] = table.get(module, torch.zeros(())) + delta / draws
+    spread = 2 / draws**0.5
+    assert gap(sums[1], sums[0]) < 1.6 * spread
+
+
+def test_their_merge_cannot_repeat_a_random_draw_without_the_global_generator() -> None:
+    outcomes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        outcomes.append(
+            theirs(
+                model(SEEDS), WEIGHTS, combination_type="dare_linear_svd", density=0.5, svd_rank=4
+            )
+        )
+    assert gap(outcomes[0], outcomes[1]) > 0.1
+    loras = [ours(model(SEEDS), name) for name in WEIGHTS]
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(merge(loras, [0.8, 0.6], "dare_linear", seed=3).lora.deltas())
+    assert gap(found[0], found[1]) == 0

@@ -1,0 +1,269 @@
+"""Two whole models become one: units that match are merged, others are kept side by side.
+
+PLeaS (arXiv:2407.02447): bring the units of both models into step, keep a share of the units that
+match worst from either model, and fit every layer to what the layers of both models put out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cmlora.adapters.calibration import layer_rows
+from cmlora.adapters.compression.heal import Call
+from cmlora.adapters.compression.layers import fits
+from cmlora.adapters.compression.model import put
+from cmlora.adapters.merging.rebasin import check_states, match
+from cmlora.adapters.merging.units import Units, rows, units_of
+from cmlora.errors import CmloraError
+
+_WIDEST = 4096
+"""Layers with more inputs stay at the mean of both: their normal equations would be too large."""
+
+
+@dataclass(frozen=True)
+class MergedModels:
+    """Two models as one.
+
+    Args:
+        model: of the class of both; layers between kept units are wider.
+        similarity: by block, of the matched units.
+        widths: by block, units before and after, of those that became wider.
+        residuals: by layer, mean square of what its outputs miss over that of the outputs: with
+            the mean of both matrices, and after least squares.
+    """
+
+    model: nn.Module
+    similarity: dict[str, float]
+    widths: dict[str, tuple[int, int]]
+    residuals: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Where the entries of an axis come from, and how much of each model is in them.
+
+    Args:
+        source: (n) entries of the old axis.
+        first: (n) share of the first model: 1/2 where both are merged, 1 and 0 where kept.
+        second: (n) of the second one.
+    """
+
+    source: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def merge_models(
+    one: nn.Module,
+    other: nn.Module,
+    calls: Sequence[Call] = (),
+    *,
+    separate: float = 0.0,
+    ridge: float = 1e-6,
+    matching: bool = True,
+    seed: int = 0,
+) -> MergedModels:
+    """One model that stands for two of the same kind.
+
+    Args:
+        one: the model whose units keep their order.
+        other: built alike; both are left as they are.
+        calls: typical calls for the least squares; without any the weights are averaged.
+        separate: share of the units of feed-forward and embedding layers, worst matches first,
+            that either model keeps for itself: 0 merges all, 1 keeps all side by side.
+        ridge: damping of the least squares, as a share of the mean square of an input.
+        matching: bring units into step first; without it they are taken as they are.
+        seed: of the matching.
+
+    Raises:
+        CmloraError: if the models are of different kinds, or the share is not from 0 to 1.
+    """
+    if not 0 <= separate <= 1:
+        raise CmloraError(f"separate is {separate:g}, expected 0 to 1")
+    first, second = dict(one.state_dict()), dict(other.state_dict())
+    check_states(first, second)
+    units = units_of(one)
+    found = match(first, second, units if matching else (), seed)
+    second = found.state
+    twin = copy.deepcopy(other)
+    twin.load_state_dict(second)
+    axes, widths = _axes(first, second, units, separate)
+    model = copy.deepcopy(one)
+    _fill(model, first, second, axes)
+    residuals = _fit(model, one, twin, calls, axes, ridge) if calls else {}
+    return MergedModels(model, found.similarity, widths, residuals)
+
+
+def _axes(
+    first: dict[str, Tensor], second: dict[str, Tensor], units: Sequence[Units], separate: float
+) -> tuple[dict[tuple[str, int], _Axis], dict[str, tuple[int, int]]]:
+    """The axes that change, by parameter and axis."""
+    axes: dict[tuple[str, int], _Axis] = {}
+    widths: dict[str, tuple[int, int]] = {}
+    for own in units:
+        (kind, *more), count = own.kinds, own.count
+        keep = round(separate * kind.size)
+        if count > 1 or more or not keep:
+            continue  # heads and normalised groups cannot be added without a new configuration
+        cosine = torch.zeros(kind.size, dtype=torch.double)
+        sizes = torch.zeros(2, kind.size, dtype=torch.double)
+        for place in kind.places:
+            a, b = rows(first, place, kind.size), rows(second, place, kind.size)
+            cosine += (a * b).sum(1)
+            sizes += torch.stack([a.square().sum(1), b.square().sum(1)])
+        worst = (cosine / sizes.prod(0).sqrt().clamp(min=1e-300)).argsort()
+        kept, merged = worst[:keep].sort().values, worst[keep:].sort().values
+        source = torch.cat([merged, kept, kept])
+        half, whole = torch.full((len(merged),), 0.5), torch.ones(keep)
+        shares = [torch.cat([half, whole, 0 * whole]), torch.cat([half, 0 * whole, whole])]
+        for key, axis in {(place.key, place.axis) for place in kind.places}:
+            starts = sorted(p.start for p in kind.places if (p.key, p.axis) == (key, axis))
+            axes[key, axis] = _Axis(
+                torch.cat([source + start for start in starts]),
+                shares[0].repeat(len(starts)),
+                shares[1].repeat(len(starts)),
+            )
+        widths[own.name] = (kind.size, len(source))
+    return axes, widths
+
+
+def _axis(axes: dict[tuple[str, int], _Axis], key: str, axis: int, length: int) -> _Axis:
+    half = torch.full((length,), 0.5)
+    return axes.get((key, axis), _Axis(torch.arange(length), half, half))
+
+
+def _fill(
+    model: nn.Module,
+    first: dict[str, Tensor],
+    second: dict[str, Tensor],
+    axes: dict[tuple[str, int], _Axis],
+) -> None:
+    """Puts the mean of both models in, wider where units are kept."""
+    state: dict[str, Tensor] = {}
+    for key, tensor in first.items():
+        if not tensor.is_floating_point():
+            state[key] = tensor
+            continue
+        if not tensor.ndim:
+            state[key] = (tensor + second[key]) / 2
+            continue
+        out = _axis(axes, key, 0, tensor.shape[0])
+        total = torch.zeros(())
+        for side, share in ((first[key], out.first), (second[key], out.second)):
+            part = side.float()[out.source] * share.reshape(-1, *[1] * (side.ndim - 1))
+            if (key, 1) in axes:
+                read = axes[key, 1]
+                seen = read.first if side is first[key] else read.second
+                # A unit that is kept is read by its own model's half of what is merged.
+                part = part[:, read.source] * (seen > 0)
+            total = total + part
+        state[key] = total.to(tensor.dtype)
+    for name, layer in list(model.named_modules()):
+        weight = f"{name}.weight"
+        if isinstance(layer, nn.Linear) and state[weight].shape != layer.weight.shape:
+            rows_out, columns = state[weight].shape
+            wider = nn.Linear(columns, rows_out, layer.bias is not None, dtype=layer.weight.dtype)
+            put(model, name, wider.to(layer.weight.device))
+    model.load_state_dict(state)
+
+
+@torch.no_grad()
+def _fit(
+    model: nn.Module,
+    one: nn.Module,
+    other: nn.Module,
+    calls: Sequence[Call],
+    axes: dict[tuple[str, int], _Axis],
+    ridge: float,
+) -> dict[str, tuple[float, float]]:
+    """Least squares for every layer: inputs and outputs are the means of both models'."""
+    layers = {name: layer for name, layer in model.named_modules() if fits(layer)}
+    known = {name for name, _ in model.named_parameters()}
+    sums: dict[str, tuple[Tensor, Tensor, float]] = {}
+    for call in calls:
+        seen = [_watched(side, call, layers) for side in (one, other)]
+        for name in layers:
+            if name not in seen[0] or name not in seen[1]:
+                continue
+            (x, y), (x_other, y_other) = seen[0][name], seen[1][name]
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            if x.shape[1] > _WIDEST:
+                continue
+            read, out = _axis(axes, weight, 1, x.shape[1]), _axis(axes, weight, 0, y.shape[1])
+            inputs, wanted = _blend(x, x_other, read), _blend(y, y_other, out)
+            if bias in known:
+                inputs = torch.cat([inputs, torch.ones(len(inputs), 1).double()], 1)
+            parts = inputs.T @ inputs, wanted.T @ inputs, float(wanted.square().sum())
+            if name in sums:
+                before = sums[name]
+                parts = before[0] + parts[0], before[1] + parts[1], before[2] + parts[2]
+            sums[name] = parts
+    residuals = {}
+    for name, (square, mixed, size) in sums.items():
+        residuals[name] = _solve(layers[name], square, mixed, size, ridge)
+    return residuals
+
+
+def _solve(
+    layer: nn.Module, square: Tensor, mixed: Tensor, size: float, ridge: float
+) -> tuple[float, float]:
+    """Moves a layer's matrix to the least squares solution nearest to it."""
+    weight = cast(Tensor, layer.weight)
+    bias = cast("Tensor | None", layer.bias)
+    before = weight.detach().double().flatten(1)
+    if bias is not None:
+        before = torch.cat([before, bias.detach().double()[:, None]], 1)
+    damping = max(ridge, 1e-12) * float(square.diagonal().mean()) + 1e-300
+    damped = square + damping * torch.eye(len(square), dtype=torch.double)
+    after = before + torch.linalg.solve(damped, (mixed - before @ square).T).T
+
+    def missed(matrix: Tensor) -> float:
+        lost = float(((matrix @ square) * matrix).sum() - 2 * (matrix * mixed).sum()) + size
+        return max(lost, 0.0) / max(size, 1e-300)
+
+    columns = weight.flatten(1).shape[1]
+    weight.data.copy_(after[:, :columns].reshape(weight.shape))
+    if bias is not None:
+        bias.data.copy_(after[:, columns])
+    return missed(before), missed(after)
+
+
+def _blend(x: Tensor, y: Tensor, axis: _Axis) -> Tensor:
+    """Rows of both models, merged or kept as the axis says."""
+    return x[:, axis.source] * axis.first.double() + y[:, axis.source] * axis.second.double()
+
+
+def _watched(
+    model: nn.Module, call: Call, names: dict[str, nn.Module]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs (n, I) and outputs (n, O) of every layer in one call."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    handles = []
+    for name, layer in model.named_modules():
+        if name not in names:
+            continue
+
+        def keep(
+            own: nn.Module, given: tuple[Tensor, ...], output: Tensor, name: str = name
+        ) -> None:
+            wanted = output.movedim(1, -1) if isinstance(own, nn.Conv2d) else output
+            flat = wanted.double().reshape(-1, wanted.shape[-1])
+            seen.setdefault(name, []).append((layer_rows(own, given[0]), flat))
+
+        handles.append(layer.register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: (torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+        for name, pairs in seen.items()
+    }

@@ -1,0 +1,183 @@
+"""What compressing a denoiser costs: answers, size, and what its pictures still show.
+
+Every method is tried at several sizes, evenly and with the bytes spread over the layers, and again
+after healing. On the embedded model the probe says how much of what the prompts ask for is in the
+pictures; other models have no such judge.
+
+    python benchmarks/compression.py                       # writes benchmarks/compression.md
+    python benchmarks/compression.py --model path --prompts "a cat" --keep 0.7 --heal 2 --out x.md
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from cmlora.adapters.calibration import grams
+from cmlora.adapters.compression import COMPRESSIONS, RULES
+from cmlora.adapters.compression.heal import Call, heal
+from cmlora.adapters.compression.model import compress, model_bytes
+from cmlora.atomic import replacing
+from cmlora.emoji.weights import GUIDANCE
+from cmlora.errors import CmloraError
+from cmlora.pipelines.models import EMBEDDED, open_pipeline
+from cmlora.pipelines.questions import away, questions
+
+VARIANTS = (
+    ("svd", ""),
+    ("svd", "budget"),
+    ("svd", "welore"),
+    ("svd", "knapsack"),
+    ("lord", ""),
+    ("rocket", ""),
+    ("rocket", "knapsack"),
+    ("cospadi", ""),
+    ("mxfp4", ""),
+)
+"""Method, and how the bytes are spread over the layers."""
+
+
+def prompts_of(given: Sequence[str], model: str) -> list[str]:
+    """What the inputs are measured at: prompts of training scenes on the embedded model."""
+    if given or model != EMBEDDED:
+        return list(given)
+    import numpy as np
+
+    from cmlora.emoji.report import plainly
+    from cmlora.emoji.scenes import sample
+
+    found = []
+    for index in range(8):
+        rng = np.random.default_rng((5, index))  # of no test scene
+        found.append(plainly(sample(rng), rng))
+    return found
+
+
+def accuracy(pipe: Any, model: str, count: int) -> float | None:
+    """Share of elements that the probe finds where the prompt asks for them."""
+    if model != EMBEDDED or not count:
+        return None
+    from cmlora.emoji import probe
+    from cmlora.emoji.report import base_accuracy
+
+    marks, _ = base_accuracy(pipe, probe.load(), count)
+    return fmean(marks.values())
+
+
+def row(
+    pipe: Any,
+    original: nn.Module,
+    asked: Sequence[Call],
+    checked: Sequence[Call],
+    options: argparse.Namespace,
+    variant: tuple[str, str],
+    keep: float,
+) -> list[dict[str, Any]]:
+    """One method at one size: before and after healing."""
+    method, spread = variant
+    model = copy.deepcopy(original)
+    moments = grams(model, lambda: [call(model) for call in asked])
+    rule: Any = spread if spread == "knapsack" else RULES[spread].object if spread else None
+    try:
+        compress(model, COMPRESSIONS[method].object, keep, moments, rule=rule)
+    except CmloraError as mistake:
+        return [{"method": method, "spread": spread, "keep": keep, "healed": 0, "no": str(mistake)}]
+    found = []
+    for steps in (0, options.heal):
+        if steps and method != "mxfp4":  # nothing in it can be trained
+            heal(model, original, asked, steps)
+        elif steps:
+            continue
+        pipe.unet = model
+        found.append(
+            {
+                "method": method,
+                "spread": spread,
+                "keep": keep,
+                "healed": steps,
+                "share": model_bytes(model) / model_bytes(original),
+                "away": away(model, original, checked),
+                "accuracy": accuracy(pipe, options.model, options.scenes),
+            }
+        )
+    pipe.unet = original
+    return found
+
+
+def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace, base: float | None) -> str:
+    """Everything as Markdown."""
+    known = "" if base is None else f" The original shows {base:.1%} of what prompts ask for."
+    lines = [
+        "# Compression of a denoiser",
+        "",
+        f"`python benchmarks/compression.py --model {options.model}`; healing takes {options.heal} "
+        "steps. Away is the root mean square distance of the answers at other noise from the "
+        f"original's, relative to them; accuracy is over {options.scenes} scenes.{known}",
+        "",
+        "| kept | method | spread | bytes | away | accuracy | away, healed | accuracy, healed |",
+        "|---:|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for own in (r for r in rows if not r["healed"]):
+        name = f"| {own['keep']:.0%} | `{own['method']}` | {own['spread'] or 'evenly'} "
+        if "no" in own:
+            lines.append(f"{name}| - | {own['no']} | | | |")
+            continue
+        keys = ("method", "spread", "keep")
+        healed = [r for r in rows if r["healed"] and all(r[k] == own[k] for k in keys)]
+        cells = [f"{own['share']:.1%}", *_numbers(own)]
+        cells += _numbers(healed[0]) if healed else ["", ""]
+        lines.append(f"{name}| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _numbers(own: dict[str, Any]) -> list[str]:
+    seen = own["accuracy"]
+    return [f"{own['away']:.1%}", "" if seen is None else f"{seen:.1%}"]
+
+
+def main() -> None:
+    """Measure every method and write the page; what is done is kept if it is interrupted."""
+    parser = argparse.ArgumentParser(description="compression of a denoiser")
+    parser.add_argument("--model", default=EMBEDDED)
+    parser.add_argument("--prompts", nargs="*", default=[])
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--methods", nargs="+", default=[], help="such as svd or rocket+knapsack")
+    parser.add_argument("--heal", type=int, default=200)
+    parser.add_argument("--scenes", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps per prompt")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
+    options = parser.parse_args()
+    wanted = [tuple((word + "+").split("+")[:2]) for word in options.methods] or list(VARIANTS)
+    pipe = open_pipeline(options.model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    texts = prompts_of(options.prompts, options.model)
+    scale: dict[str, Any] = {"guidance_scale": GUIDANCE} if options.model == EMBEDDED else {}
+    asked, checked = (
+        questions(pipe, texts, steps=options.steps, seed=seed, **scale) for seed in (0, 1)
+    )
+    original = pipe.unet
+    store = options.out.with_suffix(".json")
+    rows = json.loads(store.read_text()) if store.exists() else []
+    base = accuracy(pipe, options.model, options.scenes)
+    for keep in options.keep:
+        for method, spread in wanted:
+            if any((r["method"], r["spread"], r["keep"]) == (method, spread, keep) for r in rows):
+                continue
+            new = row(pipe, original, asked, checked, options, (method, spread), keep)
+            rows += new
+            for own in new:
+                print(json.dumps(own), flush=True)
+            for path, text in ((store, json.dumps(rows)), (options.out, page(rows, options, base))):
+                with replacing(path) as file:
+                    file.write(text.encode())
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What `cmlora merge` does with two models instead of LoRAs."""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Column, Table
+
+from cmlora.cli.console import emit, out, quiet_libraries, status
+from cmlora.errors import CmloraError
+
+METHODS = ("mean", "pleas")
+
+
+def is_model(reference: str) -> bool:
+    """Whether this is a diffusers folder."""
+    return (Path(reference).expanduser() / "model_index.json").is_file()
+
+
+def whole(
+    references: Sequence[str],
+    output: Path,
+    method: str,
+    *,
+    prompts: Sequence[str],
+    matching: bool,
+    seed: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Merge two diffusers folders into a third."""
+    if len(references) != 2 or not all(map(is_model, references)):
+        raise CmloraError("models are merged two at a time, and not with LoRAs")
+    if method not in METHODS:
+        raise CmloraError(f"--method {method}: models are merged by {' or '.join(METHODS)}")
+    if method == "pleas" and not prompts:
+        raise CmloraError("pleas fits the layers to what they see: give a --prompt")
+    if method == "mean" and prompts:
+        raise CmloraError("--prompt is for pleas; mean looks at weights alone")
+    folders = [Path(reference).expanduser() for reference in references]
+    if output.suffix:
+        raise CmloraError(f"--out {output}: two models become a folder")
+    if output.exists() and (not force or any(output.samefile(folder) for folder in folders)):
+        raise CmloraError(
+            f"{output} exists; " + ("name another" if force else "--force replaces it")
+        )
+    if not output.absolute().parent.is_dir():
+        raise CmloraError(f"the folder {output.absolute().parent} does not exist")
+
+    import torch
+
+    from cmlora.pipelines.models import open_pipeline
+    from cmlora.pipelines.whole import merge_pipelines, stored_dtype
+
+    quiet_libraries()
+    with status("loading"):
+        pipes = [open_pipeline(folder, dtype=torch.float32) for folder in folders]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    with status("merging"):
+        found = merge_pipelines(*pipes, prompts=prompts, matching=matching, seed=seed)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{output.name}.", dir=output.absolute().parent
+    ) as new:
+        part = next(iter(found))
+        pipes[0].to(stored_dtype(folders[0], part)).save_pretrained(Path(new) / "model")
+        if output.exists():
+            shutil.rmtree(output)
+        (Path(new) / "model").rename(output)
+    facts = {
+        part: {
+            "matched": _mean(merged.similarity.values()),
+            "missed_by_mean": _mean(row[0] for row in merged.residuals.values()),
+            "missed": _mean(row[1] for row in merged.residuals.values()),
+        }
+        for part, merged in found.items()
+    }
+    if as_json:
+        emit({"folder": str(output), "method": method, "parts": facts})
+        return
+    right = [Column(name, justify="right") for name in ("units alike", "mean misses", "fit misses")]
+    table = Table("part", *right, title=f"{method} of {' and '.join(map(str, folders))}")
+    for part, row in facts.items():
+        table.add_row(part, *("-" if value is None else f"{value:.2%}" for value in row.values()))
+    out.print(table)
+    out.print(str(output), soft_wrap=True)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """The mean, or nothing of nothing."""
+    rows = list(values)
+    return sum(rows) / len(rows) if rows else None

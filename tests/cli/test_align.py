@@ -1,0 +1,137 @@
+"""`cmlora analyze align` and `strength`, `doctor --calib`, and models that are merged."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cmlora.adapters.merging.units import reorder, shuffled, units_of
+from cmlora.cli.app import app
+from cmlora.files import read, write
+from tests import tiny
+from tests.merging.makers import permuted
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_json(*arguments: str | Path) -> Any:
+    return json.loads(run(*arguments, "--json"))
+
+
+def complaint(arguments: Sequence[str | Path]) -> str:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    said = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(said) == 1, result.stderr
+    return said[0]
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the units of its UNet and text encoder in another order."""
+    pipe, generator = tiny.sd15(), torch.Generator().manual_seed(1)
+    for model in (pipe.unet, pipe.text_encoder):
+        state = dict(model.state_dict())
+        for units in units_of(model):
+            state = reorder(state, units, shuffled(units, generator))
+        model.load_state_dict(state)
+    folder = tmp_path_factory.mktemp("models") / "other"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_two_loras(model_folder: Path, lora_folder: Path, tmp_path: Path) -> None:
+    cat, plot = lora_folder / "cat.safetensors", tmp_path / "a.svg"
+    twin = tmp_path / "twin.safetensors"
+    write(permuted(read(cat)), twin)
+    same = run_json("analyze", "align", cat, twin, "--plot", plot)
+    assert (same["cosine"], same["score"]) == pytest.approx((1, 1))
+    assert same["factors"]["none"] > 0.1 > 1e-6 > same["factors"]["permute"]
+    assert "score R" in plot.read_text()
+    arguments: list[str | Path] = ["analyze", "align", cat, lora_folder / "hat.safetensors"]
+    apart = run_json(*arguments, "--model", model_folder, "--points", "3")
+    assert abs(apart["cosine"]) < 0.2
+    losses = apart["barrier"]["losses"]
+    # At either end one of both is itself, and the other one is missing.
+    assert len(losses) == 3
+    assert losses[0] > 0
+    assert apart["barrier"]["height"] >= 0
+    assert "rank units rotated" in run(*arguments)
+
+
+def test_two_models(model_folder: Path, other_model: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "way.png"
+    arguments: list[str | Path] = ["analyze", "align", model_folder, other_model]
+    arguments += ["--prompt", "a cat", "--points", "3", "--plot", plot]
+    found = run_json(*arguments)
+    assert found["before"]["distance"] > 0.3
+    assert found["after"]["distance"] < 1e-6
+    assert found["after"]["score"] == pytest.approx(1, abs=1e-3)
+    assert found["after"]["barrier"]["height"] < 1e-6
+    assert found["before"]["barrier"]["height"] > 1e-5
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "give a prompt" in complaint(["analyze", "align", model_folder, other_model])
+
+
+@pytest.mark.parametrize("method", [pytest.param("mean", marks=pytest.mark.slow), "pleas"])
+def test_models_are_merged_into_a_folder(
+    method: str, model_folder: Path, other_model: Path, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "both"
+    arguments: list[str | Path] = ["merge", model_folder, other_model, "--method", method]
+    arguments += ["-o", out, *(["--prompt", "a cat"] if method == "pleas" else [])]
+    said = run_json(*arguments)
+    assert said["parts"].keys() == {"unet", "text_encoder"}
+    assert said["parts"]["unet"]["matched"] == pytest.approx(1, abs=1e-6)
+    again = StableDiffusionPipeline.from_pretrained(out)
+    again.set_progress_bar_config(disable=True)
+    # A model and its own reordered copy are one model.
+    assert torch.allclose(tiny.run(again, steps=1), tiny.run(tiny.sd15(), steps=1), atol=1e-3)
+    assert [path.name for path in tmp_path.iterdir()] == ["both"]
+    assert "--force replaces it" in complaint(arguments)
+
+
+def test_what_cannot_be_compared_or_merged(
+    model_folder: Path, lora_folder: Path, tmp_path: Path
+) -> None:
+    cat = lora_folder / "cat.safetensors"
+    assert "not 1" in complaint(["analyze", "align", cat])
+    assert "compared with a LoRA" in complaint(["analyze", "align", cat, model_folder])
+    assert "--follow is for two models" in complaint(
+        ["analyze", "align", cat, cat, "--follow", "2"]
+    )
+    merging: list[str | Path] = ["merge", model_folder, model_folder, "-o", tmp_path / "x"]
+    assert "mean or pleas" in complaint(merging)
+    assert "give a --prompt" in complaint([*merging, "--method", "pleas"])
+    assert "not with LoRAs" in complaint(["merge", cat, model_folder, "-o", tmp_path / "x"])
+    named: list[str | Path] = ["merge", model_folder, model_folder, "--method", "mean"]
+    assert "become a folder" in complaint([*named, "-o", tmp_path / "x.safetensors"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_safe_strengths(model_folder: Path, lora_folder: Path, tmp_path: Path) -> None:
+    calib, plot = tmp_path / "calib.safetensors", tmp_path / "s.png"
+    here: list[str | Path] = ["--lora-dir", lora_folder]
+    run("calib", "cat", "hat", "--model", model_folder, *here, "--steps", "1", "-o", calib)
+    asked: list[str | Path] = ["analyze", "strength", "cat", "hat:0.5", *here]
+    found = run_json(*asked, "--calib", calib, "--plot", plot)
+    assert [row["name"] for row in found] == ["cat", "hat", "all together"]
+    cat = found[0]
+    assert cat["safest"] == min(row["safest"] for row in cat["layers"].values())
+    assert cat["ranks"].keys() == found[1]["ranks"].keys()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "safe strength" in run(*asked, "--calib", calib)
+    assert "--calib FILE" in complaint(asked)
+    advice = run_json("doctor", "cat", "hat", *here, "--calib", calib)
+    assert [row["name"] for row in advice["strength"]] == ["cat", "hat", "all together"]
