@@ -65,15 +65,17 @@ def ui(
     )
     if settings.warning():
         typer.echo(f"warning: {settings.warning()}", err=True)
-    # a service manager's way to end it cleans up as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     with serving(settings) as server:
         for address in filter(None, (server.url, server.share_url)):
             typer.echo(address)
         typer.echo(f"pictures go to {settings.out}; Ctrl-C ends the server", err=True)
         if browser:
             webbrowser.open(server.url)
+        # a service manager's way to end it cleans up as Ctrl-C does
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
             typer.echo("", err=True)
+        finally:
+            signal.signal(signal.SIGTERM, before)

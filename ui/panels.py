@@ -20,7 +20,7 @@ def duration(seconds: float | None) -> str:
     """Seconds as people say them.
 
     >>> duration(0.42), duration(12.4), duration(95), duration(7300), duration(None)
-    ('0.4 s', '12 s', '1 min 35 s', '2 h 2 min', '')
+    ('0.4 s', '12 s', '1 min 35 s', '2 h 1 min', '')
     """
     if seconds is None:
         return ""

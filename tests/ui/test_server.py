@@ -4,6 +4,8 @@ import http.client
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,19 +98,20 @@ def test_the_page_loads_nothing_from_elsewhere(server: Server) -> None:
     assert config["analytics_enabled"] is False
 
 
-def test_twenty_requests_at_once_are_answered_in_order_and_not_mixed_up(
-    server: Server, model_folder: Path, lora_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_requests_at_once_are_answered_in_order_and_not_mixed_up(
+    server: Server, model_folder: Path, lora_folder: Path, tmp_path: Path, count: int
 ) -> None:
     requests = [
         {**REQUEST, "steps": 1, "seed": seed, "method": ("merge", "cmlora", "switch")[seed % 3]}
-        for seed in range(20)
+        for seed in range(100, 100 + count)
     ]
     numbers = [_call(server.url, "generate", [request]) for request in requests]
     answers = [_answer(server.url, "generate", number) for number in numbers]
 
-    assert [event for event, _ in answers] == ["complete"] * 20
+    assert [event for event, _ in answers] == ["complete"] * count
     found = [picture for _, data in answers for picture in data[0]]
-    assert [p["recipe"]["seed"] for p in found] == list(range(20))
+    assert [p["recipe"]["seed"] for p in found] == list(range(100, 100 + count))
     files = [server.studio.settings.out / p["file"]["orig_name"] for p in found]
     finished = [file.stat().st_mtime_ns for file in files]
     assert finished == sorted(finished)
@@ -306,3 +309,23 @@ def test_wrong_folders_are_said_before_anything_starts(tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(CmloraError, match=r"--(model|loras|out)"), serving(settings):
             pass
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_cleans_up_when_it_is_terminated(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ["--model", str(model_folder), "--out", str(out), "--no-browser"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "cmlora.ui", *options], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        assert httpx.get(url, timeout=60).status_code == 200
+        assert (out / ".temporary").is_dir()
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    assert not (out / ".temporary").exists()

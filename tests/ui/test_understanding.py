@@ -32,7 +32,7 @@ def _order(method: str, **more: object) -> object:
     return order(method=method, options=_OPTIONS.get(method, {}), **more)
 
 
-@pytest.mark.parametrize("method", ["naive", "merge", "switch", "composite", "cmlora", "lorahub"])
+@pytest.mark.parametrize("method", ["naive", "switch", "cmlora", "lorahub"])
 def test_foretold_passes_are_the_ones_that_run(warm: Studio, method: str) -> None:
     wanted = _order(method, steps=6)
     found = timeline(warm, wanted)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def test_the_pace_of_a_picture_gives_the_next_ones_seconds(studio: Studio) -> No
     assert "No LoRA is selected" in cost_panel(studio, order(loras={}))
 
 
-@pytest.mark.parametrize("method", ["merge", "switch", "composite", "cmlora", "select"])
+@pytest.mark.parametrize("method", ["merge", "cmlora", "select"])
 def test_measuring_changes_no_bit_of_the_picture(warm: Studio, method: str) -> None:
     (plain,) = made(warm, method=method, steps=4)
     pixels = Image.open(plain.path).tobytes()
