@@ -246,7 +246,7 @@ def _item(where: str, row: object) -> Rated:
             raise CmloraError(f"{where}: unknown key {key!r}; known: {', '.join(_KEYS)}")
     for key in ("id", "method"):
         checks.text(where, key, row.get(key), empty=False)
-    unit = row.get("set", row["id"])
+    unit: Any = row.get("set", row["id"])
     checks.text(where, "set", unit, empty=False)
     human = {}
     for question, given in _table(where, "human", row.get("human")).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -165,8 +166,8 @@ def make(
         image=study.image_name(job),
         sha256=digest_of(path),
         seconds=report.seconds,
-        full=sum(report.full.values()),
-        light=sum(report.light.values()),
+        full=math.fsum(report.full.values()),
+        light=math.fsum(report.light.values()),
         macs=None if cost is None else cost.of(report.full, report.light),
         options=made.recipe.options,
     )

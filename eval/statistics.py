@@ -278,7 +278,8 @@ def bradley_terry(wins: Array, *, prior: float = 0.0, tolerance: float = 1e-10) 
         if float(np.abs(strength / before - 1).max()) < tolerance:
             break
     logs: Array = np.clip(np.log(strength), -30, 30)
-    return logs - logs.mean(-1, keepdims=True)
+    centred: Array = logs - logs.mean(-1, keepdims=True)
+    return centred
 
 
 def _ranks(values: Array) -> Array:

@@ -316,7 +316,8 @@ def _scheduler(manifest: Manifest, current: Any) -> Any:
     kind: Any = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise CmloraError(f"testbed: diffusers has no scheduler {name!r}")
-    return kind.from_config(current.config, **manifest.scheduler_config)
+    made: Any = kind
+    return made.from_config(current.config, **manifest.scheduler_config)
 
 
 def _autoencoder(place: str, dtype: torch.dtype) -> Any:

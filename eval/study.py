@@ -47,7 +47,7 @@ class Record:
         image: the picture's file, below the run's folder.
         sha256: of the file.
         seconds: from the first denoiser call to the last.
-        full: full passes.
+        full: full passes; half a pass is one branch of guidance.
         light: passes that reused features.
         macs: multiply-accumulates of all passes; ``None`` if they cannot be counted.
         options: of the method, as carried out.
@@ -61,8 +61,8 @@ class Record:
     image: str
     sha256: str
     seconds: float
-    full: int
-    light: int
+    full: float
+    light: float
     macs: int | None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 

@@ -223,9 +223,10 @@ def _say_plan(study: Any, studio: Any, jobs: Any, cost: Any, as_json: bool) -> N
         Column("method", no_wrap=True), *(Column(c, justify="right") for c in columns), box=SIMPLE
     )
     for row in rows.values():
-        macs = f"{row['macs'] / 1e12:.4g}" if cost else "-"
+        counted = f"{row['macs'] / 1e12:.4g}" if cost else "-"
         hours = f"{row['seconds'] / 3600:.3g}"
-        table.add_row(row["method"], *map(str, (row["n"], row["jobs"], row["done"])), macs, hours)
+        numbers = map(str, (row["n"], row["jobs"], row["done"]))
+        table.add_row(row["method"], *numbers, counted, hours)
     out.print(table)
     out.print(f"{len(jobs)} jobs, about {total / 3600:.3g} h on one device like this one")
     if searched:

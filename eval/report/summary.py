@@ -224,9 +224,9 @@ def summarise(study: Study) -> Summary:
             costs["gmacs"] = record.macs / 1e9
         _add(found, record, costs)
     for score in latest(study):
-        record = by_key.get(score.key)
-        if record is None or score.scorer == "cost":
+        if score.key not in by_key or score.scorer == "cost":
             continue
+        record = by_key[score.key]
         found.versions[score.scorer] = score.version
         _add(found, record, score.values)
         _add_concepts(found, record, score)

@@ -73,7 +73,8 @@ def make_study(
     }
     (folder / "run.json").write_text(json.dumps(settings))
     rng = np.random.default_rng(0)
-    records, scores = [], []
+    records: list[dict[str, Any]] = []
+    scores: list[dict[str, Any]] = []
     for ids in (ids for n in sizes for ids in manifest.sample(n, sets)):
         for seed in seeds:
             for variant in read(words):

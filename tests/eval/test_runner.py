@@ -102,19 +102,21 @@ def test_shards_make_the_same_pictures(bed: Path, whole: Path, tmp_path: Path) -
     same_bytes(tmp_path / "out", whole, words)
 
 
-def test_more_can_be_added_to_a_run(bed: Path, tmp_path: Path) -> None:
-    assert beds.work(bed, tmp_path, ("naive",)).made == 4
-    outcome = beds.work(bed, tmp_path, ("naive", "merge"))
-    assert (outcome.made, outcome.kept) == (4, 4)
-
-
-def test_a_picture_that_is_gone_is_made_again(bed: Path, tmp_path: Path) -> None:
-    beds.work(bed, tmp_path, ("naive",))
+def test_more_can_be_added_and_what_is_gone_is_made_again(bed: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
+    done: list[str] = []
+    ears = Ears(step=lambda: steps.append(1), done=lambda job, record: done.append(job.name))
+    assert beds.work(bed, tmp_path, ("naive",), ears=ears).made == 4
+    assert len(steps) == 4 * 4
+    assert len(set(done)) == 4
     before = beds.pictures(tmp_path)
     lost = tmp_path / next(iter(Study(tmp_path).records().values())).image
     lost.unlink()
-    assert beds.work(bed, tmp_path, ("naive",)).made == 1
-    assert beds.pictures(tmp_path) == before
+    outcome = beds.work(bed, tmp_path, ("naive", "merge"))
+    assert (outcome.made, outcome.kept) == (5, 3)
+    found = beds.pictures(tmp_path)
+    assert len(found) == 8
+    assert {key: found[key] for key in before} == before
 
 
 def test_another_study_is_refused(bed: Path, whole: Path, tmp_path: Path) -> None:
@@ -318,15 +320,6 @@ def finished(
     assert not [p for p in (out / "images").rglob("*") if p.is_file() and p.suffix != ".png"]
     studio = beds.open_studio(bed)
     assert pending(Study(out), beds.jobs_in(studio, words)) == []
-
-
-def test_ears_hear_steps_and_jobs(bed: Path, tmp_path: Path) -> None:
-    steps: list[int] = []
-    done: list[str] = []
-    ears = Ears(step=lambda: steps.append(1), done=lambda job, record: done.append(job.name))
-    beds.work(bed, tmp_path, ("naive",), ears=ears)
-    assert len(steps) == 4 * 4
-    assert len(set(done)) == 4
 
 
 def test_prompts_are_encoded_once_and_never_for_other_loras(bed: Path) -> None:

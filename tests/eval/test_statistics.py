@@ -61,18 +61,15 @@ def test_units_are_sets_and_not_pictures() -> None:
     once = {f"{i}": [float(rng.normal())] for i in range(30)}
     thrice = {name: values * 3 for name, values in once.items()}
     few, many = mean_interval(unit_means(once)), mean_interval(unit_means(thrice))
-    assert (many.low, many.high, many.count) == (
-        pytest.approx(few.low),
-        pytest.approx(few.high),
-        few.count,
-    )
+    assert (many.low, many.high) == pytest.approx((few.low, few.high))
+    assert many.count == few.count
 
 
 def test_intervals_of_too_little() -> None:
     assert mean_interval([]).count == 0
     assert math.isnan(mean_interval([2.0]).low)
     same = mean_interval([0.3, 0.3, 0.3])
-    assert (same.low, same.value, same.high) == (0.3, pytest.approx(0.3), pytest.approx(0.3))
+    assert (same.low, same.value, same.high) == pytest.approx((0.3, 0.3, 0.3))
 
 
 @given(SAMPLES)
