@@ -107,4 +107,5 @@ def _values(tensor: Tensor) -> set[float]:
         return set()
     if not any(tensor.stride()):
         return {float(tensor[(0,) * tensor.ndim])}
-    return set(tensor.unique().tolist())
+    values: list[float] = tensor.unique().tolist()  # type: ignore[no-untyped-call]
+    return set(values)

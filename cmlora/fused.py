@@ -66,7 +66,7 @@ def share(update: Update, target: Target, given: Sequence[int] | None = None) ->
     if len(widths) == 1:
         return {target.modules[0]: replace(update, up=up)}
     found = {}
-    for module, rows in zip(target.modules, up.split(widths), strict=True):
+    for module, rows in zip(target.modules, torch.split(up, widths), strict=True):
         used = (rows != 0).any(0)
         if update.mid is None and bool(used.any()) and not bool(used.all()):
             found[module] = replace(update, down=update.down[used], up=rows[:, used])

@@ -93,11 +93,10 @@ def parse(text: str) -> Infotext:
             negative = [*(negative or []), line.removeprefix("Negative prompt:").strip()]
         else:
             (prompt if negative is None else negative).append(line)
-    hashes = dict(
-        (part.strip() for part in pair.rsplit(":", 1))
-        for pair in values.get("Lora hashes", "").split(",")
-        if ":" in pair
+    pairs = (
+        pair.rsplit(":", 1) for pair in values.get("Lora hashes", "").split(",") if ":" in pair
     )
+    hashes = {name.strip(): digest.strip() for name, digest in pairs}
     whole = "\n".join(prompt)
     loras = [
         Named(match[1], _weight(match[2]), hashes.get(match[1], "").lower())

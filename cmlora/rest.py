@@ -95,7 +95,7 @@ def _shifts(target: Target, change: Change, layers: list[nn.Module]) -> list[Shi
     widths = [len(weight) for weight in tensors]
     deltas: list[Tensor | None] = [None] * len(layers)
     if delta is not None:
-        deltas = list(fused.swapped(delta, target, inputs).split(widths))
+        deltas = list(torch.split(fused.swapped(delta, target, inputs), widths))
     biases: list[Tensor | None] = [None] * len(layers)
     if change.bias is not None:
         held = [getattr(layer, "bias", None) for layer in layers]
@@ -107,7 +107,7 @@ def _shifts(target: Target, change: Change, layers: list[nn.Module]) -> list[Shi
         if len(shift) != sum(widths):
             raise ValueError(f"a bias of {len(shift)} for {sum(widths)} outputs")
         if whole is not None or bool(shift.any()):
-            biases = list(fused.swapped(shift, target, inputs).split(widths))
+            biases = list(torch.split(fused.swapped(shift, target, inputs), widths))
     return [Shift(*pair) for pair in zip(deltas, biases, strict=True)]
 
 

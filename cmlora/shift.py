@@ -63,7 +63,7 @@ class ShiftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             ValueError: if a shift has another shape than what it shifts, or nothing to shift.
         """
-        own = self.base_layer
+        own: Any = self.base_layer
         for held, shift, mine in (
             (self.shift_weight, weight, own.weight),
             (self.shift_bias, bias, getattr(own, "bias", None)),
@@ -100,7 +100,8 @@ class ShiftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         base = self.get_base_layer().weight
         if adapter not in self.shift_weight:
             return torch.zeros_like(base)
-        return self.shift_weight[adapter] * self.scaling[adapter]
+        shift: Tensor = self.shift_weight[adapter] * self.scaling[adapter]
+        return shift
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is an update of the weight alone."""
@@ -176,14 +177,14 @@ class ShiftLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _moved(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of a layer that is no product with its weight."""
-        own = {"weight": self.base_layer.weight, "bias": getattr(self.base_layer, "bias", None)}
+        layer: Any = self.base_layer
+        own: dict[str, Any] = {"weight": layer.weight, "bias": getattr(layer, "bias", None)}
         held = {"weight": self.shift_weight, "bias": self.shift_bias}
-        moved = {}
+        moved: dict[str, Tensor] = {}
         for parameter, shifts in held.items():
             total = own[parameter]
             for name in names:
                 if name in shifts:
-                    assert isinstance(total, Tensor)
                     total = total + shifts[name].to(total) * self.scaling[name]
             if total is not own[parameter]:
                 moved[parameter] = total

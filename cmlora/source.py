@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cmlora import container, family, forms, fused, keys, peft_config, rest
@@ -217,7 +218,7 @@ def _split(delta: Tensor, target: Target) -> dict[str, Tensor]:
     except ValueError:
         return {}
     rows = fused.swapped(delta, target, delta.shape[1])
-    split = (_kernel(part, target) for part in rows.split(widths))
+    split = (_kernel(part, target) for part in torch.split(rows, widths))
     return dict(zip(target.modules, split, strict=True))
 
 

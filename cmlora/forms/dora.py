@@ -34,7 +34,7 @@ def dora(change: Change, parts: Parts) -> Change:
         if len(rows) != len(lengths):
             raise ValueError(f"{len(lengths)} lengths for a layer of {tuple(own.shape)}")
         norms = rows.flatten(1).norm(dim=1)
-        ratio = lengths / (norms + torch.finfo(torch.float32).eps)
+        ratio: Tensor = lengths / (norms + torch.finfo(torch.float32).eps)
         shape = [1] * own.ndim
         shape[0 if per_output else 1] = -1
         return full(sum_) * ratio.reshape(shape) - own

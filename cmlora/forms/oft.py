@@ -103,7 +103,7 @@ def peft_boft(parts: Parts) -> Change:
     rotation = torch.eye(inputs, dtype=blocks.dtype)
     for number, turn in enumerate(turns):
         order = _halves(inputs, size, 2**number) if factors > 1 else torch.arange(inputs)
-        apart: Tensor = torch.block_diag(*turn)
+        apart: Tensor = torch.block_diag(*turn)  # type: ignore[no-untyped-call]
         rotation = apart[order[:, None], order[None, :]] @ rotation
     scale = None if outer is None else outer.flatten()
 

@@ -227,12 +227,13 @@ def turns(blocks: Tensor, bound: float, outputs: int) -> Tensor:
     if bound and skew.norm() > bound * outputs:
         skew = skew * (bound * outputs / skew.norm())
     one = torch.eye(blocks.shape[-1])
-    return (one + skew) @ torch.linalg.inv(one - skew)
+    result: Tensor = (one + skew) @ torch.linalg.inv(one - skew)
+    return result
 
 
 def oft_delta(t: Tensors, weight: Tensor) -> Tensor:
     found = turns(t["oft_blocks"], float(t["alpha"]), len(weight))
-    turned = torch.block_diag(*found).T @ weight.flatten(1)
+    turned: Tensor = torch.block_diag(*found).T @ weight.flatten(1)  # type: ignore[no-untyped-call]
     if "rescale" in t:
         turned = t["rescale"].reshape(-1, 1) * turned
     return turned.reshape(weight.shape) - weight
@@ -250,7 +251,7 @@ def boft_delta(t: Tensors, weight: Tensor) -> Tensor:
         for start in range(0, len(rows), 2 * apart):
             for offset in range(apart):
                 order += [start + offset, start + apart + offset]
-        taken = torch.block_diag(*found) @ rows[order]
+        taken = torch.block_diag(*found) @ rows[order]  # type: ignore[no-untyped-call]
         for place, row in zip(order, taken, strict=True):
             rows[place] = row
     return rows.reshape(weight.shape) - weight
@@ -287,7 +288,7 @@ def decomposed_loha(shape: Shape) -> Tensors:
 
 def decomposed_loha_delta(t: Tensors, weight: Tensor) -> Tensor:
     moved = (weight + loha_delta(t, weight)).flatten(1)
-    lengths = t["dora_scale"].reshape(-1, 1) / moved.norm(dim=1, keepdim=True)
+    lengths: Tensor = t["dora_scale"].reshape(-1, 1) / moved.norm(dim=1, keepdim=True)
     return (moved * lengths).reshape(weight.shape) - weight
 
 

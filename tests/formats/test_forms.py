@@ -132,7 +132,7 @@ def test_pefts_files_mean_what_peft_computes(name: str) -> None:
     settings["feedforward"] = bool(settings.get("feedforward_modules"))
     for layer in sorted({key.split(".")[0] for key in state}):
         own = {k.removeprefix(f"{layer}."): v for k, v in state.items() if k.startswith(layer)}
-        base = plain.get_submodule(layer)
+        base: Any = plain.get_submodule(layer)
         change = forms.read(parts_of(own, settings))
         weight, bias = base.weight.detach(), base.bias.detach()
         with torch.no_grad():
@@ -171,7 +171,9 @@ def test_butterflies_of_peft_are_in_its_order(factors: int) -> None:
         swap = layer.perm2mat(order)
         skew = (blocks[number] - blocks[number].transpose(1, 2)) / 2
         one = torch.eye(4)
-        apart = torch.block_diag(*[(one - q) @ torch.linalg.inv(one + q) for q in skew])
+        apart = torch.block_diag(  # type: ignore[no-untyped-call]
+            *[(one - q) @ torch.linalg.inv(one + q) for q in skew]
+        )
         rotation = swap @ apart @ swap.T @ rotation
     weight = torch.randn(6, 16)
     change = forms.read(parts_of({"boft_R": blocks, "boft_s": torch.ones(6, 1)}))

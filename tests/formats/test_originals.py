@@ -56,7 +56,7 @@ def flux(h: int = 3072) -> tuple[Shapes, dict[str, Tensor]]:
 
 
 def flux2(h: int = 16) -> tuple[Shapes, dict[str, Tensor]]:
-    found, others = {"img_in": (h, 64), "txt_in": (h, 96), "final_layer.linear": (64, h)}, {}
+    found = {"img_in": (h, 64), "txt_in": (h, 96), "final_layer.linear": (64, h)}
     found["final_layer.adaLN_modulation.1"] = (2 * h, h)
     for name in ("time_in", "guidance_in"):
         found |= {f"{name}.in_layer": (h, 32), f"{name}.out_layer": (h, h)}
@@ -71,7 +71,7 @@ def flux2(h: int = 16) -> tuple[Shapes, dict[str, Tensor]]:
         }
     found["single_stream_modulation.lin"] = (3 * h, h)
     found |= {"single_blocks.0.linear1": (9 * h, h), "single_blocks.0.linear2": (h, 4 * h)}
-    return found, others
+    return found, {}
 
 
 def sd3(h: int = 16) -> tuple[Shapes, dict[str, Tensor]]:
@@ -231,7 +231,7 @@ def test_stacked_factors_of_fused_layers_come_apart(tmp_path: Path) -> None:
     stem = "lora_unet_double_blocks_0_img_attn_qkv"
     stored = {
         f"{stem}.lora_down.weight": down,
-        f"{stem}.lora_up.weight": torch.block_diag(*ups),
+        f"{stem}.lora_up.weight": torch.block_diag(*ups),  # type: ignore[no-untyped-call]
         f"{stem}.alpha": torch.tensor(3.0),
     }
     read = files.read(trainers.save(stored, tmp_path / "x.safetensors"))

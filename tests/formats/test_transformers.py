@@ -85,7 +85,7 @@ def test_fused_layers_of_every_form(form: str, pipe: Any, tmp_path: Path) -> Non
         with torch.no_grad():
             layers = [base.get_submodule(module) for module in modules]
             rows = [layer.out_features for layer in layers]
-            for layer, part in zip(layers, delta.split(rows), strict=True):
+            for layer, part in zip(layers, torch.split(delta, rows), strict=True):
                 layer.weight.add_(part)
     path = trainers.save(stored, tmp_path / "x.safetensors")
     before = outputs(pipe.transformer)
@@ -100,7 +100,7 @@ def test_fused_layers_of_every_form(form: str, pipe: Any, tmp_path: Path) -> Non
 
 
 def xlabs() -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for number in (1, 2):
         stem = f"double_blocks.0.processor.qkv_lora{number}"
         found |= {f"{stem}.down.weight": noise(2, HIDDEN), f"{stem}.up.weight": noise(48, 2)}
