@@ -113,10 +113,10 @@ def replace_leaf(output: Any, value: Any) -> Any:
     return dataclasses.replace(output, sample=replace_leaf(output.sample, value))
 
 
-def _order(plan: Plan, index: int) -> tuple[str, tuple[tuple[str, float], ...]]:
+def _order(plan: Plan, index: int) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Where a pass stands in a sum."""
     single = plan.passes[index]
-    return single.key, tuple(sorted(single.weights.items()))
+    return single.key, tuple(sorted((name, repr(w)) for name, w in single.weights.items()))
 
 
 def _checked(result: torch.Tensor, stacked: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

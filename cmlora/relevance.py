@@ -155,7 +155,8 @@ def embedder(pipe: Any) -> Embed:
                 return pooled.float()
         mask = tokens.attention_mask.to(encoder.device)[..., None]
         states: Tensor = output.last_hidden_state.float()
-        return (states * mask).sum(1) / mask.sum(1)
+        means: Tensor = (states * mask).sum(1) / mask.sum(1)
+        return means
 
     return embed
 

@@ -80,7 +80,7 @@ def selected_with(
     """Select on (1 + N, B, C, H, W); with ``band_sharpness`` low and high bands by themselves."""
     n = len(outputs) - 1
     departures = outputs[1:] - outputs[0]
-    result = outputs[0].copy()
+    result: np.ndarray = outputs[0].copy()
     half = outputs.shape[1] // 2
     for b in range(outputs.shape[1]):
         one = departures[:, b]
@@ -108,7 +108,7 @@ def patchwise_softmin(
     """LoRAtorio on (1 + N, B, C, H, W), the base first."""
     _, batch, _, height, width = outputs.shape
     n = len(outputs) - 1
-    result = np.zeros_like(outputs[0])
+    result: np.ndarray = np.zeros_like(outputs[0])
     for b in range(batch):
         source = batch // 2 + b % (batch // 2) if halves else b
         cosine = np.zeros((n, height, width))
@@ -183,9 +183,10 @@ def bandwise(now: np.ndarray, before: np.ndarray | None, sharpness: float, top: 
         mean = sum(change) / n
         shares = softmax([sharpness * change[j] / mean for j in chosen])
         for c in range(channels):
-            merged[c].append(
-                sum(s * split[j][c][band] for s, j in zip(shares, chosen, strict=True))
-            )
+            total = np.zeros_like(split[0][c][band])
+            for share, j in zip(shares, chosen, strict=True):
+                total += share * split[j][c][band]
+            merged[c].append(total)
     return np.stack([from_haar(bands) for bands in merged])
 
 

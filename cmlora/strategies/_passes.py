@@ -67,12 +67,16 @@ def turn_lengths(weights: Sequence[float], total: int) -> list[int]:
     positive = [i for i, weight in enumerate(weights) if weight > 0]
     if not positive:
         weights, positive = [1.0] * len(weights), list(range(len(weights)))
-    least = 1 if total >= len(positive) else 0
-    spare, whole = total - least * len(positive), sum(weights[i] for i in positive)
-    ideal = [spare * weights[i] / whole if i in positive else 0.0 for i in range(len(weights))]
-    lengths = [int(part) + (least if i in positive else 0) for i, part in enumerate(ideal)]
+    whole = sum(weights[i] for i in positive)
+    ideal = [total * weights[i] / whole if i in positive else 0.0 for i in range(len(weights))]
+    lengths = [int(part) for part in ideal]
     left = total - sum(lengths)
     ranked = sorted(positive, key=lambda i: (int(ideal[i]) - ideal[i], i))
     for i in ranked[:left]:
         lengths[i] += 1
+    if total >= len(positive):
+        for i in positive:
+            if lengths[i] == 0:
+                lengths[lengths.index(max(lengths))] -= 1
+                lengths[i] = 1
     return lengths

@@ -106,4 +106,5 @@ def _change(now: Tensor, before: Tensor | None) -> Tensor:
     """|now - before| per LoRA and picture, (N, B, 1, 1, 1); equal for all without a before."""
     if before is None:
         return now.flatten(2).mean(2)[..., None, None, None] * 0 + 1
-    return (now - before).flatten(2).norm(dim=2)[..., None, None, None]
+    change: Tensor = (now - before).flatten(2).square().sum(2).sqrt()
+    return change[..., None, None, None]

@@ -1,6 +1,7 @@
 """Texts of web UIs and their extensions, read and written, and refused at the right character."""
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -155,11 +156,12 @@ def _compiles(text: str) -> bool:
 
 @st.composite
 def curves(draw: st.DrawFn) -> Curve:
-    over = draw(st.sampled_from(("fraction", "step", "sigma")))
+    over: Any = draw(st.sampled_from(("fraction", "step", "sigma")))
     top = 1 if over == "fraction" else 40
     places = sorted(draw(st.lists(st.floats(0, top), min_size=1, max_size=5)))
     points = tuple((place, draw(values)) for place in places)
-    return Curve(points, draw(st.sampled_from(("linear", "hold", "smooth", "in", "out"))), over)
+    ease: Any = draw(st.sampled_from(("linear", "hold", "smooth", "in", "out")))
+    return Curve(points, ease, over)
 
 
 tracks = st.builds(

@@ -57,7 +57,7 @@ def test_a_silent_lora_leaves_its_turns_and_shares_to_the_others(method: str) ->
 def test_without_any_strength_the_base_model_runs_alone() -> None:
     schedule = Schedule(tuple(Track(name, window(0.25, 1.0)) for name in "abc"))
     for method in METHODS:
-        options = {"coefficients": (1.0, 2.0, 3.0)} if method == "lorahub" else {}
+        options: Any = {"coefficients": (1.0, 2.0, 3.0)} if method == "lorahub" else {}
         first = plans(method, schedule, **options)[0]
         assert first.passes == (Pass({}),)
         assert first.combine == (1.0,)

@@ -63,7 +63,7 @@ curves = st.lists(st.floats(0, 5), min_size=0, max_size=5).map(
 
 @given(st.lists(curves, min_size=1, max_size=4), st.integers(1, 30), st.floats(0, 1))
 def test_everybody_has_the_least_part(curves: list[object], count: int, least: float) -> None:
-    found = Counter(winners(tuple(curves), count, least))  # type: ignore[arg-type]
+    found = Counter(winners(tuple(curves), count, least))
     assert found.total() == count
     quota = int(least * count / len(curves))
     assert all(found[j] >= quota for j in range(len(curves)))

@@ -106,7 +106,7 @@ def test_bands_take_turns_in_being_selected(bands: str, first: Any, last: Any) -
     outputs = noise(3, 2, 3, 4, 6)
     between = tuple(0.75 * a + 0.25 * b for a, b in zip(first, last, strict=True))
     for index, sharp in ((0, first), (8, last), (2, between)):
-        reference = selected_with(outputs.numpy(), band_sharpness=sharp)  # type: ignore[arg-type]
+        reference = selected_with(outputs.numpy(), band_sharpness=sharp)
         np.testing.assert_allclose(run(plans[index], outputs).numpy(), reference, rtol=1e-9)
 
 
