@@ -55,8 +55,8 @@ class Line:
 
     variant: Variant
     shots: tuple[Shot, ...]
-    full: int
-    light: int
+    full: float
+    light: float
     macs_per_step: float | None
     options: Mapping[str, Any]
     scores: Mapping[str, Any] = field(default_factory=dict)

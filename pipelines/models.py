@@ -173,7 +173,8 @@ def _open_compressed(path: Path, **kwargs: Any) -> Any:
     folder = kwargs.pop("config", None)
     if folder is None or not (Path(folder).expanduser() / "model_index.json").is_file():
         raise CmloraError(
-            f"{path.name} is a compressed denoiser; give the diffusers folder of its model as config"
+            f"{path.name} is a compressed denoiser; "
+            "give the diffusers folder of its model as config"
         )
     where = Path(folder).expanduser()
     pipe = DiffusionPipeline.from_pretrained(where, use_safetensors=True, **kwargs)

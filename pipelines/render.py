@@ -364,7 +364,7 @@ def native_guidance(pipe: CMLoRAPipeline) -> float:
 
 def native_size(pipe: Any) -> tuple[int, int]:
     """Width and height in pixels that a model was made for."""
-    denoiser = next(iter(denoisers.find(pipe).values()))
+    denoiser: Any = next(iter(denoisers.find(pipe).values()))
     side = denoiser.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
     side = side or _USUAL // pipe.vae_scale_factor
     height, width = side if isinstance(side, list | tuple) else (side, side)

@@ -1,5 +1,7 @@
 """Multiply-accumulates counted while a composition runs."""
 
+from typing import Any
+
 import pytest
 
 from cmlora.compose import compose
@@ -25,11 +27,12 @@ def test_a_run_costs_what_was_predicted() -> None:
 def test_reuse_saves_and_batches_cost_the_same(name: str) -> None:
     family = families.family(name)
     costs = {}
-    for label, options in {
+    kinds: dict[str, dict[str, Any]] = {
         "sequential": {},
         "batched": {"execution": "batched"},
         "cached": {"cache": "uniform:2"},
-    }.items():
+    }
+    for label, options in kinds.items():
         with compose(
             family.pipe, NAMES, method="composite", count_macs=True, **options
         ) as composition:

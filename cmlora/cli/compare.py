@@ -116,7 +116,7 @@ def _table(comparison: Any) -> Table:
         macs = "-" if line.macs_per_step is None else f"{line.macs_per_step / 1e9:.3g}"
         found = _numbers(line.scores)
         scores = [f"{found[n]:.3g}" if n in found else "-" for n in names]
-        costs = (str(line.full), str(line.light), macs, f"{line.seconds:.2f}")
+        costs = (f"{line.full:g}", f"{line.light:g}", macs, f"{line.seconds:.2f}")
         table.add_row(line.variant.label, *costs, *scores)
     return table
 

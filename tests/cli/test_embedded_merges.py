@@ -40,7 +40,7 @@ def drawn(path: Path, folder: Path) -> None:
 @pytest.mark.parametrize("method", ["lego", "pleas", "ziplora", "ties", "knots_ties"])
 def test_closed_forms(method: str, calib: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
-    given = ["--calib", calib] if method in ("pleas", "ziplora") else []
+    given: list[str | Path] = ["--calib", calib] if method in ("pleas", "ziplora") else []
     said = run("merge", *LORAS, "--method", method, *given, "-o", out)
     assert said["method"] == method
     drawn(out, tmp_path)
