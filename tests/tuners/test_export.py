@@ -116,11 +116,11 @@ def test_the_command_writes_a_lora_that_does_the_same(
 
 def test_the_command_truncates_an_ordinary_lora(lora_folder: Path, tmp_path: Path) -> None:
     source, out = lora_folder / "cat.safetensors", tmp_path / "small.safetensors"
-    result = convert(source, "--rank", 2, "-o", out, "--json")
+    result = convert(source, "--rank", 1, "-o", out, "--json")
     assert result.exit_code == 0, result.output
     error = json.loads(result.stdout)["relative_error"]
     whole, small = files.read(source), files.read(out)
-    assert 0 < error < 1
+    assert 0.01 < error < 1
     assert small.norm() ** 2 == pytest.approx(whole.norm() ** 2 * (1 - error**2), rel=1e-3)
 
 
@@ -138,7 +138,7 @@ def test_the_command_answers_mistakes_in_one_line(
     for arguments, message in (
         ([tmp_path / "none.safetensors"], "no file"),
         ([damaged], "cut short"),
-        ([bare], "which tuner"),
+        ([bare], "holds no LoRA"),
         ([file, "--to", "kohya"], "not one of lora"),
     ):
         result = convert(*arguments, "--model", model, "-o", out)
