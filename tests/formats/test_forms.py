@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cmlora import forms, keys
 from cmlora.forms.change import Parts
 from cmlora.forms.oft import _neumann
-from tests.formats.cases import ALPHA, CASES, Case, Tensors
+from tests.formats.cases import ALPHA, CASES, RANK, Case, Tensors
 
 SHAPES = {"linear": (8, 12), "tall": (16, 4), "kernel": (8, 4, 3, 3), "point": (8, 6, 1, 1)}
 
@@ -185,22 +185,25 @@ def test_butterflies_of_peft_are_in_its_order(factors: int) -> None:
 # ------------------------------------------------------------------ LyCORIS, where installed
 
 
-@pytest.mark.parametrize("shape", ["linear", "kernel", "point"])
+@pytest.mark.parametrize("shape", ["linear", "kernel", "point", "large"])
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"lora_bias"}))
 def test_lycoris_computes_the_same(name: str, shape: str) -> None:
     modules = pytest.importorskip("lycoris.modules", exc_type=ImportError)
-    size = SHAPES[shape]
+    size = (64, 96) if shape == "large" else SHAPES[shape]
     if (name in ("tucker", "loha_core", "lokr_core")) and size[2:] != (3, 3):
         pytest.skip("LyCORIS has cores for kernels alone")
     torch.manual_seed(3)
     tensors, weight = CASES[name].make(size), torch.randn(size)
-    layer = nn.Linear(12, 8) if len(size) == 2 else nn.Conv2d(size[1], size[0], size[2])
+    if "alpha" in tensors and "oft" not in name:
+        # Its LoHa and LoKr multiply by alpha / rank twice when they are merged, once when they run.
+        tensors["alpha"] = torch.tensor(float(RANK))
+    layer = nn.Linear(size[1], size[0]) if len(size) == 2 else nn.Conv2d(size[1], size[0], size[2])
     layer.weight.data.copy_(weight)
     stored = {f"m.{end}": tensor for end, tensor in tensors.items()}
     kind, held = modules.get_module(stored, "m")
     try:
         module = modules.make_module(kind, held, "m", layer)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, AttributeError):
         pytest.skip("LyCORIS does not read its own form back")
     theirs = module.get_merged_weight(1.0, weight.shape)[0].detach().reshape(weight.shape)
     ours = forms.read(parts_of(tensors)).delta(weight)
