@@ -147,7 +147,7 @@ def test_with_profiles_the_order_of_the_loras_makes_no_difference(
     if method in ("switch", "w_switch"):
         pytest.skip("the order of the turns is the user's")
     expected = schedule(method, SET, 30, "nonuniform", **options)
-    for members in itertools.permutations(SET):
+    for members in itertools.islice(itertools.permutations(SET), 1, None, 5):
         for one, other in zip(
             expected, schedule(method, members, 30, "nonuniform", **options), strict=True
         ):
