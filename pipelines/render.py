@@ -31,6 +31,10 @@ from cmlora.strategies.auto import choose
 _USUAL = 1024  # pixels, where a model does not say
 
 
+TURNS = ("character", "clothing", "style", "background", "object")
+"""The order of the LoRAs in a recipe, and so of their turns in `switch`; unknown ones follow."""
+
+
 @dataclass(frozen=True)
 class Wish:
     """What a user asks for; what is left out is filled in from the model.
@@ -112,7 +116,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
                 relevance=member.relevance,
                 importance=member.importance,
             )
-            for member in sorted(members, key=lambda member: member.name)
+            for member in sorted(members, key=lambda member: _turn(pipe, member.name))
             for lora in [pipe.loras[member.name]]
         ),
         method=wish.method,
@@ -348,6 +352,12 @@ def _size(pipe: CMLoRAPipeline, wish: Wish) -> tuple[int, int]:
     if min(size) < unit or any(side % unit for side in size):
         raise CmloraError(f"size {size[0]}x{size[1]}: both must be positive multiples of {unit}")
     return size
+
+
+def _turn(pipe: CMLoRAPipeline, name: str) -> tuple[int, str]:
+    """Where a LoRA stands, whatever the loading order: by category as in arXiv 2402.16843."""
+    category = pipe.loras[name].applied.category
+    return (TURNS.index(category) if category in TURNS else len(TURNS), name)
 
 
 def native_guidance(pipe: CMLoRAPipeline) -> float:

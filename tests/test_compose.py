@@ -164,7 +164,7 @@ def test_naive_is_the_base_model_with_or_without_names(sd15: Any) -> None:
         (["ink"], {"roles": {"ink": "loud"}}, "role 'loud'; expected 'high' or 'low'"),
         (["ink"], {"roles": {"alice": "low"}}, "roles: unknown LoRA 'alice'; composed: ink"),
         (["ink"], {"members": [Member("alice")]}, "members describe alice, but loras are ink"),
-        (["ink"], {"text_encoder": "some"}, "expected 'all' or 'none'"),
+        (["ink"], {"text_encoder": "some"}, "expected 'all', 'none' or 'per_lora'"),
         (["ink"], {"cache": "uniform:2", "cut": (0, 7)}, r"possible .*: \(0, -1\), \(0, 0\)"),
     ],
 )

@@ -15,7 +15,7 @@ from cmlora.emoji.scenes import Scene
 from cmlora.emoji.world import CATEGORIES, CONCEPTS, Element
 
 Rng = np.random.Generator
-NAME, DESCRIPTION, BOTH, MADE_UP, CLASS = 0.34, 0.26, 0.12, 0.2, 0.08
+NAME, DESCRIPTION, BOTH, MADE_UP, CLASS = 0.4, 0.18, 0.2, 0.17, 0.05
 """How often an element is called by its name ("fox"), described ("orange dog"), both, described
 behind a made-up name ("kalun, orange dog"), or called by its class alone ("dog")."""
 

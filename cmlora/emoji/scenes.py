@@ -33,10 +33,10 @@ SCENERY = {"palm": 0x1F334, "cactus": 0x1F335, "pine": 0x1F332, "oak": 0x1F333, 
 
 ABSENT: Mapping[Category, float] = {
     "character": 0.06,
-    "clothing": 0.35,
-    "style": 0.5,
+    "clothing": 0.3,
+    "style": 0.65,
     "background": 0.1,
-    "object": 0.3,
+    "object": 0.2,
 }
 """How often a category is left out of a random scene."""
 

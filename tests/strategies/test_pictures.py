@@ -99,7 +99,9 @@ def test_with_profiles_the_order_of_the_loras_makes_no_difference(
     assert torch.equal(made([0, 1, 2]), made([2, 0, 1]))
 
 
-@pytest.mark.parametrize("cache", ["none", "uniform:3", "nonuniform"])
+@pytest.mark.parametrize(
+    "cache", [pytest.param("none", marks=pytest.mark.slow), "uniform:3", "nonuniform"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_report_is_the_tally_of_the_schedule(pipe: Any, method: str, cache: str) -> None:
     options = OPTIONS.get(method, {})
