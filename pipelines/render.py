@@ -18,7 +18,8 @@ from cmlora.errors import CmloraError
 from cmlora.pipelines import library
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.ensemble import default_cache
-from cmlora.pipelines.models import EMBEDDED, fingerprint, resolve
+from cmlora.pipelines.models import fingerprint, resolve
+from cmlora.pipelines.native import native_guidance, native_size
 from cmlora.pipelines.overlap import overlap
 from cmlora.plan import Member, Role, Strategy
 from cmlora.recipe import Ingredient, Recipe, current_versions
@@ -27,9 +28,6 @@ from cmlora.schedules.parse import parse_schedule, write_schedule
 from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
 from cmlora.strategies.auto import choose
-
-_USUAL = 1024  # pixels, where a model does not say
-
 
 TURNS = ("character", "clothing", "style", "background", "object")
 """The order of the LoRAs in a recipe, and so of their turns in `switch`; unknown ones follow."""
@@ -358,27 +356,6 @@ def _turn(pipe: CMLoRAPipeline, name: str) -> tuple[int, str]:
     """Where a LoRA stands, whatever the loading order: by category as in arXiv 2402.16843."""
     category = pipe.loras[name].applied.category
     return (TURNS.index(category) if category in TURNS else len(TURNS), name)
-
-
-def native_guidance(pipe: CMLoRAPipeline) -> float:
-    """The guidance scale a model is used with unless told otherwise."""
-    if str(pipe.ensemble.source) == EMBEDDED:
-        from cmlora.emoji.weights import GUIDANCE
-
-        return GUIDANCE
-    model = next(iter(denoisers.find(pipe.pipe).values()))
-    own = inspect.signature(pipe.pipe.__call__).parameters.get(denoisers.kind(model).guidance)
-    stated = own is not None and isinstance(own.default, float) and not hasattr(pipe.pipe, "unet")
-    return own.default if own is not None and stated else 7.5
-
-
-def native_size(pipe: Any) -> tuple[int, int]:
-    """Width and height in pixels that a model was made for."""
-    denoiser: Any = next(iter(denoisers.find(pipe).values()))
-    side = denoiser.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
-    side = side or _USUAL // pipe.vae_scale_factor
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
 
 
 def _guided(pipe: Any, recipe: Recipe) -> dict[str, Any]:

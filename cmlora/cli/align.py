@@ -81,8 +81,9 @@ def _loras(
         "blocks": {block: row._asdict() for block, row in found.blocks.items()},
     }
     if model is not None:
+        from cmlora.pipelines.native import native_guidance
         from cmlora.pipelines.objectives import distill
-        from cmlora.pipelines.render import assemble, native_guidance
+        from cmlora.pipelines.render import assemble
 
         quiet_libraries()
         with status("loading"):

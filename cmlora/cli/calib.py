@@ -41,7 +41,8 @@ def calib(
     """
     from cmlora.adapters.calibration import save
     from cmlora.pipelines.calibrate import calibrate
-    from cmlora.pipelines.render import assemble, native_guidance
+    from cmlora.pipelines.native import native_guidance
+    from cmlora.pipelines.render import assemble
 
     writable(output, force)
     columns = arguments.seeds(seeds)

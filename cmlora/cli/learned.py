@@ -58,8 +58,9 @@ def learned(
     from cmlora.adapters.objective import Objective
     from cmlora.files import read, sha256, write
     from cmlora.pipelines.learning import LEARNED, learn
+    from cmlora.pipelines.native import native_guidance
     from cmlora.pipelines.objectives import clip_score, denoise_mse, distill, scaled
-    from cmlora.pipelines.render import assemble, native_guidance
+    from cmlora.pipelines.render import assemble
 
     pictures = _pictures(task)
     values = checked(method, LEARNED[method].object, settings)

@@ -35,7 +35,8 @@ def profile(
     """
     from cmlora.frequency.card import write_card
     from cmlora.frequency.profile import measure
-    from cmlora.pipelines.render import assemble, native_guidance
+    from cmlora.pipelines.native import native_guidance
+    from cmlora.pipelines.render import assemble
 
     if steps < 1:
         raise CmloraError(f"--steps {steps}: at least 1")

@@ -21,12 +21,13 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cmlora.emoji.base import to_tensor
+from cmlora.emoji.base import emphasis, to_tensor
 from cmlora.emoji.captions import caption
+from cmlora.emoji.dataset import labels_of
 from cmlora.emoji.latents import PatchBasis
 from cmlora.emoji.paths import work_folder
 from cmlora.emoji.scenes import Scene, render, sample
-from cmlora.emoji.schedule import min_snr_weight, noised, scheduler, v_target
+from cmlora.emoji.schedule import noised, scheduler, v_target, v_weight
 from cmlora.emoji.weights import LORAS, Series
 from cmlora.emoji.world import BY_CONCEPT, KNOWN, Category, Element
 
@@ -111,6 +112,7 @@ def train(
     scenes = training_scenes(concept, series)
     pictures = to_tensor(np.stack([render(scene, rng) for scene, rng in scenes]))
     latents = basis.encode(pictures)
+    weights = emphasis(np.array([labels_of(scene) for scene, _ in scenes]))
     torch.manual_seed(LORAS.index(concept))
     unet.requires_grad_(False)
     unet.add_adapter(
@@ -136,8 +138,9 @@ def train(
         with torch.no_grad():
             hidden = text_encoder(tokens.input_ids)[0]
         predicted = unet(noised(clean, noise, alphas), timesteps, hidden, return_dict=False)[0]
-        error = (predicted - v_target(clean, noise, alphas)).square().mean((1, 2, 3))
-        loss = (error * min_snr_weight(alphas)).mean()
+        error = (predicted - v_target(clean, noise, alphas)).square().mean(1)
+        error = (error * weights[torch.from_numpy(rows)]).mean((1, 2))
+        loss = (error * v_weight(alphas)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

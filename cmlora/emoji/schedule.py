@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -33,7 +32,12 @@ def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
     return a.sqrt() * latents + (1 - a).sqrt() * noise
 
 
-def min_snr_weight(alphas: Tensor, gamma: float = 5.0) -> Tensor:
-    """Min-SNR weights for v-prediction, min(SNR, gamma) / (SNR + 1) (arXiv:2303.09556)."""
-    snr = alphas / (1 - alphas)
-    return torch.minimum(snr, torch.full_like(snr, gamma)) / (snr + 1)
+def v_weight(alphas: Tensor, gamma: float = 2.0) -> Tensor:
+    """Weights of the v-loss, min(SNR + 1, gamma) / (SNR + 1): one at high noise, less at low.
+
+    What a picture shows is decided at high noise, where Min-SNR weights (arXiv:2303.09556) all
+    but vanish: on 16x16 latents the caption explains nothing below an SNR of 1 and most of the
+    error below 0.1. At low noise only the grain of the latents is left.
+    """
+    total = alphas / (1 - alphas) + 1
+    return total.clamp(max=gamma) / total

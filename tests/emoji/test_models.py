@@ -11,7 +11,7 @@ from cmlora.emoji.base import to_tensor
 from cmlora.emoji.latents import PatchBasis
 from cmlora.emoji.probe import Probe
 from cmlora.emoji.scenes import pictures
-from cmlora.emoji.schedule import min_snr_weight, noised, scheduler, v_target
+from cmlora.emoji.schedule import noised, scheduler, v_target, v_weight
 from cmlora.emoji.tokens import train_tokenizer
 from cmlora.emoji.truth import kernel_distance
 from cmlora.emoji.weights import lora_path
@@ -61,9 +61,9 @@ def test_velocity_is_consistent_with_the_schedule() -> None:
     velocity = v_target(clean, noise, alphas)
     a = alphas[:, None, None, None]
     assert torch.allclose(a.sqrt() * mixed - (1 - a).sqrt() * velocity, clean, atol=1e-5)
-    weights = min_snr_weight(alphas)
-    assert bool((weights > 0).all())
-    assert weights.max() <= 5 / 6 + 1e-6
+    weights = v_weight(alphas)
+    assert (weights[2:] == 1).all(), "what a picture shows is decided at high noise"
+    assert 0 < weights[0] < weights[1] <= 1
 
 
 def test_tokenizer_round_trip(tmp_path: Path) -> None:
