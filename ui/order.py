@@ -28,7 +28,6 @@ SAMPLERS: Mapping[str, str] = {
 """Samplers on the page and their classes in diffusers; the first leaves the model's."""
 
 _HERE = "request"
-_BLOCKS = re.compile(r"[\w.^$|-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def check(order: Order, limits: Limits) -> Order:
     checks.choice(_HERE, "text_encoder", order.text_encoder, ("all", "none", "per_lora"))
     checks.choice(_HERE, "sampler", order.sampler, tuple(SAMPLERS))
     METHODS[order.method]
-    _check_schedule(order.schedule)
+    parse_schedule(order.schedule)
     if order.cache:
         parse(order.cache)
     most = {"steps": limits.steps, "pictures": limits.pictures, "seed": 2**63 - 1}
@@ -231,16 +230,6 @@ def read_numbers(what: str, text: str) -> tuple[float, ...]:
     if len(set(found)) < len(found):
         raise CmloraError(f"{what} {str(text)[:60]!r}: a number is listed twice")
     return found
-
-
-def _check_schedule(text: str) -> None:
-    """Refuses what is no schedule, and patterns that could take for ever to look for."""
-    for track in parse_schedule(text).tracks:
-        if track.blocks is not None and not _BLOCKS.fullmatch(track.blocks):
-            raise CmloraError(
-                f"schedule: blocks {track.blocks[:60]!r} of {track.lora[:60]}: this server takes "
-                "letters, digits and . ^ $ | - only"
-            )
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:

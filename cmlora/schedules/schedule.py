@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Track:
             ``None`` leaves it as it is.
 
     Raises:
-        CmloraError: if there is no name, or the expression is none.
+        CmloraError: if there is no name, or the expression is none, or one that could take for
+            ever to look for.
     """
 
     lora: str
@@ -44,6 +46,25 @@ class Track:
                 f"schedule: blocks {self.blocks!r} of {self.lora} is no regular expression "
                 f"({error.msg} at character {error.pos or 0})"
             ) from None
+        if not _quick(self.blocks or ""):
+            raise CmloraError(
+                f"schedule: blocks {self.blocks!r:.60} of {self.lora:.60} could take for ever to "
+                "look for; write at most 200 characters, three of * + ? {, and four groups, none "
+                "of them repeated"
+            )
+
+
+def _quick(expression: str) -> bool:
+    """Whether looking for it in a layer's name ends soon; schedules come with other's pictures."""
+    bare = re.sub(r"\\.", "x", expression.replace("(?:", "("))
+    ways = math.prod(group.count("|") + 1 for group in re.findall(r"\([^()]*\)", bare))
+    return (
+        len(expression) <= 200
+        and bare.count("(") <= 4
+        and ways <= 1000
+        and sum(map(bare.count, "*+?{")) <= 3
+        and re.search(r"\)[*+?{]", bare) is None
+    )
 
 
 @dataclass(frozen=True)

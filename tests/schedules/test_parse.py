@@ -112,6 +112,8 @@ def test_blocks_by_expression() -> None:
         ("<lora:a:1:step=5>", "5>", "step=5-15"),
         ("<lora:a:1:step=9-5>", "9-5", "ends after it begins"),
         ("<lora:a:1:blocks=(>", "(>", "no regular expression"),
+        ("<lora:a:1:blocks=(a+)+$>", "(a+)+$>", "for ever"),
+        ("<lora:a:1:blocks=a.*b.*c.*d.*$>", "a.*b.*c.*d.*$>", "for ever"),
         ("<lora:a:1> <lora:b:1> <lora:a:0.5>", "<lora:a:0.5>", "twice"),
         ("[<lora:a:1>::0.5] <lora:a:0.5>", "<lora:a:0.5>", "twice"),
         ("[<lora:a:1>::0.5][<lora:a:1>:0.4]", "<lora:a:1>:0.4", "twice at 0.4"),
