@@ -65,7 +65,8 @@ class AdapterSwitch:
     def __init__(self, module: nn.Module, *, direct: bool | None = None) -> None:
         named = [(n, m) for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)]
         self._layers = [layer for _, layer in named]
-        self._places = [name for name, _ in named]
+        # a layer inside another adapter's wrapping still goes by the denoiser's name for it
+        self._places = [name.replace(".base_layer", "") for name, _ in named]
         self._held = [
             frozenset(name for held in _containers(layer) for name in held)
             for layer in self._layers

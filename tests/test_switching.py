@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from cmlora.errors import CmloraError
+from cmlora.shift import wrap
 from cmlora.switching import AdapterSwitch
 
 NAMES = ("a", "b", "c")
@@ -213,3 +214,15 @@ def test_patterns_that_match_nothing_are_named() -> None:
         switch.activate({"a": (("first", 1.0), ("third", 0.5))})
     with pytest.raises(CmloraError, match="is no regular expression"):
         switch.activate({"a": (("(", 1.0),)})
+
+
+def test_a_shift_inside_a_lora_goes_by_the_name_of_its_layer() -> None:
+    model = net()
+    wrap(model, "first").add("a", torch.full((6, 6), 0.5), None)
+    switch = AdapterSwitch(model)
+    switch.activate({"a": (("^first$", 0.5), ("", 1.0))})
+    exact = model(X)
+    switch.activate({"a": (("first", 0.5), ("", 1.0))})
+    assert torch.equal(model(X), exact)
+    switch.activate({"a": 1.0})
+    assert not torch.allclose(model(X), exact)
