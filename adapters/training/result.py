@@ -14,7 +14,7 @@ import torch
 
 from cmlora.adapters.training.parts import Parts
 from cmlora.adapters.training.pictures import Example
-from cmlora.adapters.training.settings import Settings
+from cmlora.adapters.training.settings import FREE, Settings
 from cmlora.adapters.tuners import store
 from cmlora.errors import CmloraError
 
@@ -44,8 +44,10 @@ def write(pipe: Any, parts: Parts, settings: Settings, examples: Sequence[Exampl
 def metadata(pipe: Any, settings: Settings, examples: Sequence[Example]) -> dict[str, str]:
     """The header: kohya's ``ss_*``, Stability's ``modelspec.*``, and ours.
 
-    There is no date in it: the same training makes the same file.
+    There is no date in it, and no folder: the same training makes the same file anywhere.
     """
+    base = settings.base or Path(settings.model).name
+    told = {key: value for key, value in settings.to_dict().items() if key not in FREE}
     captions = [e.caption for e in examples if isinstance(e.caption, str)]
     tags = Counter(tag.strip() for text in captions for tag in text.split(",") if tag.strip())
     triggers = [settings.trigger] if settings.trigger else []
@@ -58,7 +60,7 @@ def metadata(pipe: Any, settings: Settings, examples: Sequence[Example]) -> dict
         "ss_network_alpha": settings.alpha,
         "ss_network_args": json.dumps(dict(settings.options), sort_keys=True),
         "ss_output_name": settings.name,
-        "ss_sd_model_name": settings.base or settings.model,
+        "ss_sd_model_name": base,
         "ss_base_model_version": _architecture(pipe),
         "ss_learning_rate": settings.rate,
         "ss_unet_lr": settings.rate,
@@ -91,8 +93,8 @@ def metadata(pipe: Any, settings: Settings, examples: Sequence[Example]) -> dict
         "modelspec.trigger_phrase": settings.trigger or None,
         "cmlora.triggers": json.dumps(triggers),
         "cmlora.category": settings.category or None,
-        "cmlora.base": settings.base or settings.model,
-        "cmlora.training": json.dumps(settings.to_dict(), sort_keys=True),
+        "cmlora.base": base,
+        "cmlora.training": json.dumps(told, sort_keys=True),
     }
     return {k: str(v) for k, v in found.items() if v is not None} | dict(settings.header)
 

@@ -15,6 +15,7 @@ import cmlora
 from cmlora import files
 from cmlora.adapters.compression.layers import CompactLinear
 from cmlora.adapters.training import Example, Trainer, read_folder, train
+from cmlora.adapters.training.settings import FREE
 from cmlora.adapters.tuners import TUNERS, store
 from cmlora.adapters.tuners.dylora import DyloraLayer
 from cmlora.adapters.tuners.lora_sb import LoraSbLayer
@@ -69,7 +70,9 @@ def test_a_lora_learns_and_every_program_reads_it(folder: Path) -> None:
     assert said["ss_steps"] == "40"
     assert said["modelspec.trigger_phrase"] == "zorbo"
     assert said["modelspec.prediction_type"] == "epsilon"
-    assert json.loads(said["cmlora.training"]) == trainer.settings.to_dict()
+    asked = trainer.settings.to_dict()
+    assert json.loads(said["cmlora.training"]) == {k: v for k, v in asked.items() if k not in FREE}
+    assert str(folder) not in " ".join(said.values()), "a file that is shared names no folder"
     with cmlora.compose(pipe, ["ink"], method="merge"):
         expected = tiny.run(pipe, steps=2)
     assert not torch.allclose(expected, tiny.run(bench.pipeline(), steps=2), atol=1e-3)
