@@ -61,7 +61,7 @@ def save(
         for key, tensor in state.items():
             cast = dtype if tensor.is_floating_point() else None
             tensors[front + key] = tensor.to("cpu", cast)
-        settings |= {front + key: value for key, value in _plain(config.to_dict()).items()}
+        settings |= {front + key: value for key, value in _told(config).items()}
     if not tensors:
         raise CmloraError(f"there is no adapter {name!r} to write to {path}")
     header = {
@@ -216,8 +216,14 @@ def _parts(target: Any) -> dict[str, nn.Module]:
     return {part: model for part, model in found.items() if isinstance(model, nn.Module)}
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()}
+def _told(config: Any) -> dict[str, Any]:
+    """The settings a file needs: PEFT's defaults are left out, as its versions know other names."""
+    told = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    if not type(config).__module__.startswith("peft."):
+        return told
+    usual = type(config)().to_dict()
+    needed = ("peft_type", "r", "lora_alpha", "target_modules")
+    return {k: v for k, v in told.items() if k in needed or v != usual.get(k)}
 
 
 def _fingerprint() -> str:
