@@ -32,7 +32,9 @@ FORMAT = 1
 """Number of the JSON form; raised when an older program could misread it."""
 
 _KEY = "cmlora"
-_ADDED: Mapping[str, Any] = MappingProxyType({"schedule": "", "uncond": "per_lora"})
+_ADDED: Mapping[str, Any] = MappingProxyType(
+    {"schedule": "", "uncond": "per_lora", "execution": "sequential"}
+)
 _ADDED_TO_LORA: Mapping[str, Any] = MappingProxyType(
     {"scope": None, "relevance": None, "importance": None}
 )
@@ -78,6 +80,8 @@ class Recipe:
         schedule: curves that multiply the LoRAs' weights, see `cmlora.schedules.parse`; empty for
             none.
         uncond: whose unconditional predictions are used: ``per_lora`` or ``shared``.
+        execution: of the passes of a step: ``sequential``, ``batched``, or ``auto``, with which the
+            last bits of a picture depend on the memory that was free.
         negative_prompt: the negative prompt.
         guidance_scale: of classifier-free guidance.
         scheduler: class name of the scheduler; empty is the model's own.
@@ -105,6 +109,7 @@ class Recipe:
     text_encoder: str = "all"
     schedule: str = ""
     uncond: str = "per_lora"
+    execution: str = "sequential"
     negative_prompt: str = ""
     guidance_scale: float = 7.5
     scheduler: str = ""
@@ -124,6 +129,7 @@ class Recipe:
             checks.whole(where, name, getattr(self, name), 1, 2**20)
         checks.choice(where, "text_encoder", self.text_encoder, ("all", "none", "per_lora"))
         checks.choice(where, "uncond", self.uncond, ("per_lora", "shared"))
+        checks.choice(where, "execution", self.execution, ("sequential", "batched", "auto"))
         checks.choice(where, "dtype", self.dtype, _DTYPES)
         guidance = checks.real(where, "guidance_scale", self.guidance_scale)
         object.__setattr__(self, "guidance_scale", guidance)

@@ -44,6 +44,9 @@ class Wish:
         cache: text of a cache policy; ``None`` is the method's own.
         cut: layer and block where the cache cuts; ``None`` is the model's default.
         text_encoder: ``all``, ``none`` or ``per_lora``.
+        schedule: curves on the LoRAs' weights, as text.
+        uncond: ``per_lora`` or ``shared``.
+        execution: ``sequential``, ``batched`` or ``auto``.
         negative_prompt: what to avoid.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance; ``None`` is 7.5, or 4 for the embedded model.
@@ -59,6 +62,7 @@ class Wish:
     text_encoder: str = "all"
     schedule: str = ""
     uncond: str = "per_lora"
+    execution: str = "sequential"
     negative_prompt: str = ""
     steps: int = 30
     guidance_scale: float | None = None
@@ -121,6 +125,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
         options=options,
         schedule=write_schedule(_checked_schedule(wish.schedule, weights)),
         uncond=wish.uncond,
+        execution=wish.execution,
         cache=canonical(cache),
         cut=wish.cut,
         text_encoder=wish.text_encoder,
@@ -234,6 +239,7 @@ def render(
         text_encoder=recipe.text_encoder,
         schedule=recipe.schedule,
         uncond=recipe.uncond,
+        execution=recipe.execution,
         composition_options=recipe.options,
         seed=[recipe.image_seed()],
         num_inference_steps=recipe.steps,

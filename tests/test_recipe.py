@@ -58,6 +58,7 @@ recipes = st.builds(
     text_encoder=st.sampled_from(["all", "none", "per_lora"]),
     schedule=text,
     uncond=st.sampled_from(["per_lora", "shared"]),
+    execution=st.sampled_from(["sequential", "batched", "auto"]),
     negative_prompt=text,
     guidance_scale=finite,
     scheduler=text,
@@ -131,7 +132,12 @@ def test_every_field_is_in_the_digest(name: str, simple: Recipe) -> None:
         type(None): (1, 1),
     }
     other: Any = others[type(getattr(simple, name))]
-    other = {"text_encoder": "none", "dtype": "float16", "uncond": "shared"}.get(name, other)
+    other = {
+        "text_encoder": "none",
+        "dtype": "float16",
+        "uncond": "shared",
+        "execution": "batched",
+    }.get(name, other)
     assert replace(simple, **{name: other}).digest() != simple.digest()
 
 

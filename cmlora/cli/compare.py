@@ -33,6 +33,7 @@ def compare(
     option: options.Settings = None,
     schedule: options.Schedule = "",
     uncond: options.Uncond = "per_lora",
+    execution: options.Execution = "sequential",
     device: options.Device = None,
     destination: Annotated[
         Path, typer.Option("--out", help="Folder for pictures, grid.png and results.json.")
@@ -53,6 +54,7 @@ def compare(
         "cut": arguments.cut(cut),
         "schedule": schedule,
         "uncond": uncond,
+        "execution": execution,
         "steps": steps,
         "guidance_scale": guidance,
         "size": arguments.size(size) if size else None,

@@ -30,6 +30,9 @@ Schedule = Annotated[
 Settings = Annotated[list[str] | None, typer.Option(help="KEY=VALUE of a method; may be repeated.")]
 Size = Annotated[str, typer.Option(help="Pixels, or WIDTHxHEIGHT; the model's if empty.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Execution = Annotated[
+    str, typer.Option(help="A step's passes: sequential, batched, or auto as memory allows.")
+]
 Uncond = Annotated[
     str, typer.Option(help="Unconditional predictions: per_lora, or shared for the base's own.")
 ]

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cmlora.errors import CmloraError
@@ -41,11 +42,20 @@ def test_a_schedule_is_part_of_the_recipe(model_folder: Path, lora_folder: Path)
     assert plain.image.tobytes() != first.image.tobytes()
 
 
+def test_a_step_in_one_batch_is_part_of_the_recipe(model_folder: Path, lora_folder: Path) -> None:
+    pipe = loaded(model_folder, lora_folder)
+    made = write_recipe(pipe, wish(method="composite", execution="batched"))
+    assert Recipe.from_json(made.to_json()).execution == "batched"
+    together = np.asarray(render(pipe, made).image).astype(int)
+    alone = np.asarray(render(pipe, dataclasses.replace(made, execution="sequential")).image)
+    assert np.abs(together - alone).max() <= 1
+
+
 def test_a_recipe_without_them_is_what_it_was(model_folder: Path, lora_folder: Path) -> None:
     """Nothing about schedules is written where there is none."""
     made = write_recipe(loaded(model_folder, lora_folder), WISH)
     text = made.to_json()
-    for word in ("schedule", "uncond", "scope", "relevance", "importance"):
+    for word in ("schedule", "uncond", "execution", "scope", "relevance", "importance"):
         assert f'"{word}":' not in text
     assert Recipe.from_json(text) == made
 
@@ -58,6 +68,8 @@ def test_mistakes_are_told_before_anything_is_drawn(model_folder: Path, lora_fol
         write_recipe(pipe, wish(schedule="<lora:dog:1>"))
     with pytest.raises(CmloraError, match="uncond is 'both', not one of per_lora, shared"):
         write_recipe(pipe, wish(uncond="both"))
+    with pytest.raises(CmloraError, match="execution is 'both', not one of sequential, batched"):
+        write_recipe(pipe, wish(execution="both"))
 
 
 def test_importance_comes_from_the_card_and_stays_with_the_recipe(
