@@ -144,7 +144,7 @@ def train(
         header={
             "cmlora.name": element.name,
             "cmlora.series": series,
-            "cmlora.triggers": json.dumps([element.word, element.description]),
+            "cmlora.triggers": json.dumps([element.trigger]),
         },
     )
     with Progress(console=Console(stderr=True)) as bar:

@@ -8,6 +8,7 @@ package's `weights/` folder.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,10 @@ def install() -> None:
     folder = work_folder()
     if (folder / "vae").is_dir() and (folder / "base").is_dir():
         model().to(torch.float16).save_pretrained(WEIGHTS / "model")
+        for file in (WEIGHTS / "model").glob("*/config.json"):  # diffusers notes where parts were
+            table = json.loads(file.read_text())
+            table.pop("_name_or_path", None)
+            file.write_text(json.dumps(table, indent=2) + "\n")
     for name in ("loras", "loras_unbiased", "clip"):
         if (folder / name).is_dir():
             shutil.copytree(folder / name, WEIGHTS / name, dirs_exist_ok=True)

@@ -168,7 +168,7 @@ CONCEPTS = (
     _held_out("background_1", "bamboo grove", "forest", "tall", "yelta"),
     _held_out("background_2", "aurora", "dark sky", "colourful", "noqua"),
     _held_out("object_1", "pineapple", "fruit", "yellow", "pynta", 0x1F34D),
-    _held_out("object_2", "tractor", "vehicle", "green", "gorlo", 0x1F69C),
+    _held_out("object_2", "tractor", "vehicle", "green and yellow", "gorlo", 0x1F69C),
 )
 """The eleven elements that the base model has never seen, one LoRA each."""
 

@@ -11,10 +11,7 @@ from cmlora.cli.app import app
 from cmlora.emoji import weights
 from cmlora.files import read
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not weights.available(), reason="the embedded weights are not here"),
-]
+pytestmark = pytest.mark.slow
 LORAS = ("character_1", "object_1")
 
 
