@@ -27,6 +27,9 @@ from cmlora.plan import Member, Policy, Role, Strategy
 from cmlora.recipe import image_seed
 from cmlora.schedules.schedule import Schedule
 
+TURNS = ("character", "clothing", "style", "background", "object")
+"""The order of the LoRAs of a picture, and so of their turns in `switch`; unknown ones follow."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -107,6 +110,11 @@ class Ensemble:
         self.loras[name] = Loaded(file, applied, weight, role, profile)
         return name
 
+    def turn(self, name: str) -> tuple[int, str]:
+        """Where a LoRA stands, whatever the loading order: by category as in arXiv:2402.16843."""
+        category = self.loras[name].applied.category
+        return (TURNS.index(category) if category in TURNS else len(TURNS), name)
+
     def weights(
         self, lora_weights: Mapping[str, float] | Sequence[float] | None = None
     ) -> dict[str, float]:
@@ -114,13 +122,14 @@ class Ensemble:
 
         Args:
             lora_weights: strengths by name (others stay out), or one per loaded LoRA in loading
-                order, or ``None`` for all with the strengths they were loaded with.
+                order, or ``None`` for all with the strengths they were loaded with, in the order
+                of their categories and names.
 
         Raises:
             CmloraError: for an unknown name, a wrong number of weights, or one that is no number.
         """
         if lora_weights is None:
-            return {name: lora.weight for name, lora in self.loras.items()}
+            return {name: self.loras[name].weight for name in sorted(self.loras, key=self.turn)}
         if not isinstance(lora_weights, Mapping):
             if len(lora_weights) != len(self.loras):
                 raise CmloraError(

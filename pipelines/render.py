@@ -29,9 +29,6 @@ from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
 from cmlora.strategies.auto import choose
 
-TURNS = ("character", "clothing", "style", "background", "object")
-"""The order of the LoRAs in a recipe, and so of their turns in `switch`; unknown ones follow."""
-
 
 @dataclass(frozen=True)
 class Wish:
@@ -118,7 +115,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
                 relevance=member.relevance,
                 importance=member.importance,
             )
-            for member in sorted(members, key=lambda member: _turn(pipe, member.name))
+            for member in sorted(members, key=lambda member: pipe.ensemble.turn(member.name))
             for lora in [pipe.loras[member.name]]
         ),
         method=wish.method,
@@ -356,12 +353,6 @@ def _size(pipe: CMLoRAPipeline, wish: Wish) -> tuple[int, int]:
     if min(size) < unit or any(side % unit for side in size):
         raise CmloraError(f"size {size[0]}x{size[1]}: both must be positive multiples of {unit}")
     return size
-
-
-def _turn(pipe: CMLoRAPipeline, name: str) -> tuple[int, str]:
-    """Where a LoRA stands, whatever the loading order: by category as in arXiv 2402.16843."""
-    category = pipe.loras[name].applied.category
-    return (TURNS.index(category) if category in TURNS else len(TURNS), name)
 
 
 def _guided(pipe: Any, recipe: Recipe) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The shipped weights, end to end: what the parts promise, and compositions on the real thing."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ def test_everything_is_shipped_small_and_in_half_precision() -> None:
         assert lora.updates
         element = BY_CONCEPT[name]
         assert lora.metadata["cmlora.category"] == element.category
-        assert json.loads(lora.metadata["cmlora.triggers"]) == [element.trigger]
+        assert lora.triggers == (element.trigger,)
 
 
 def test_autoencoder_keeps_thirty_decibels() -> None:
@@ -101,7 +100,7 @@ def test_fidelity_sees_a_wrong_element_and_damage() -> None:
 
 
 def test_base_draws_what_the_prompt_says(plain: StableDiffusionPipeline) -> None:
-    marks, _ = report.base_accuracy(plain, probe.load(), count=16)
+    marks, _ = report.base_accuracy(plain, probe.load(), count=12)
     assert np.mean(list(marks.values())) >= 0.85
 
 
@@ -109,7 +108,7 @@ def test_base_draws_what_the_prompt_says(plain: StableDiffusionPipeline) -> None
 def test_lora_draws_its_concept_and_the_base_does_not(
     plain: StableDiffusionPipeline, concept: str
 ) -> None:
-    marks = report.concept_accuracy(plain, probe.load(), concept, "biased", 8)
+    marks = report.concept_accuracy(plain, probe.load(), concept, "biased", 6)
     assert marks["lora"] >= 0.75
     assert marks["without_instance"] <= 0.25
 
@@ -173,7 +172,8 @@ def test_five_loras_show_more_than_none(five: CMLoRAPipeline) -> None:
     judge = probe.load()
 
     def shown(method: str) -> int:
-        drawn = [five(PROMPT, composition=method, seed=s).images[0] for s in range(2)]
+        settings = {"composition": method, "num_inference_steps": 15}
+        drawn = [five(PROMPT, seed=s, **settings).images[0] for s in range(2)]
         seen = judge.detect(drawn)
         return sum(p[BY_CONCEPT[n].category] == BY_CONCEPT[n].name for p in seen for n in FIVE)
 

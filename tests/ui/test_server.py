@@ -129,7 +129,7 @@ def test_a_client_generates_compares_and_replays(
 ) -> None:
     from gradio_client import handle_file
 
-    assert client.predict(api_name="/models") == ["tiny"]
+    assert client.predict(api_name="/models") == ["emoji", "tiny"]
     listed = {row["name"]: row for row in client.predict("tiny", api_name="/loras")}
     assert listed["cat"]["triggers"] == ["the cat"]
     assert "safetensors" in listed["torn"]["problem"]
