@@ -36,8 +36,8 @@ def v_weight(alphas: Tensor, gamma: float = 2.0) -> Tensor:
     """Weights of the v-loss, min(SNR + 1, gamma) / (SNR + 1): one at high noise, less at low.
 
     What a picture shows is decided at high noise, where Min-SNR weights (arXiv:2303.09556) all
-    but vanish: on 16x16 latents the caption explains nothing below an SNR of 1 and most of the
-    error below 0.1. At low noise only the grain of the latents is left.
+    but vanish: on 16x16 latents a wrong caption hardly raises the error above an SNR of 1, and
+    about doubles a character's below 0.1. At low noise only the grain of the latents is left.
     """
     total = alphas / (1 - alphas) + 1
     return total.clamp(max=gamma) / total

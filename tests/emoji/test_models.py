@@ -1,5 +1,6 @@
 """The closed-form parts of the embedded models, without trained weights."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,16 @@ import pytest
 import torch
 
 from cmlora.emoji import autoencoder
-from cmlora.emoji.base import to_tensor
+from cmlora.emoji.base import emphasis, to_tensor
+from cmlora.emoji.dataset import labels_of
 from cmlora.emoji.latents import PatchBasis
 from cmlora.emoji.probe import Probe
-from cmlora.emoji.scenes import pictures
+from cmlora.emoji.scenes import Scene, pictures, render
 from cmlora.emoji.schedule import noised, scheduler, v_target, v_weight
 from cmlora.emoji.tokens import train_tokenizer
 from cmlora.emoji.truth import kernel_distance
 from cmlora.emoji.weights import lora_path
-from cmlora.emoji.world import CATEGORIES, ELEMENTS
+from cmlora.emoji.world import CATEGORIES, ELEMENTS, KNOWN
 from cmlora.errors import CmloraError
 
 
@@ -103,3 +105,23 @@ def test_kernel_distance_tells_same_from_different() -> None:
 def test_unknown_concept_is_named() -> None:
     with pytest.raises(CmloraError, match="no embedded LoRA 'character_9'"):
         lora_path("character_9")
+
+
+@pytest.mark.parametrize("category", ["clothing", "object"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_emphasis_lies_where_things_are_drawn(category: str, beside: bool) -> None:
+    """What changes with the element is nearly all inside its box, whatever the jitter."""
+    first, second = KNOWN[category][:2]  # type: ignore[index]
+    others = {"character": None} if category == "object" else {"object": None}
+    if beside:
+        others = {"character": KNOWN["character"][2], "object": KNOWN["object"][0]}
+    scene = Scene(**{"character": KNOWN["character"][2], **others, category: first})
+    other = dataclasses.replace(scene, **{category: second})
+    weights = emphasis(np.array([labels_of(scene)]))[0].numpy()
+    least = 4 if category == "object" else 3
+    inside = np.kron(weights >= least, np.ones((4, 4), bool))
+    changed = np.zeros((64, 64))
+    for seed in range(40):
+        a, b = (render(s, np.random.default_rng(seed)).astype(int) for s in (scene, other))
+        changed += np.abs(a - b).sum(-1)
+    assert changed[inside].sum() > 0.9 * changed.sum() > 0
