@@ -17,7 +17,7 @@ from cmlora.emoji.schedule import noised, scheduler, v_target, v_weight
 from cmlora.emoji.tokens import train_tokenizer
 from cmlora.emoji.truth import kernel_distance
 from cmlora.emoji.weights import lora_path
-from cmlora.emoji.world import CATEGORIES, ELEMENTS, KNOWN
+from cmlora.emoji.world import CATEGORIES, ELEMENTS, KNOWN, Element
 from cmlora.errors import CmloraError
 
 
@@ -112,7 +112,9 @@ def test_unknown_concept_is_named() -> None:
 def test_emphasis_lies_where_things_are_drawn(category: str, beside: bool) -> None:
     """What changes with the element is nearly all inside its box, whatever the jitter."""
     first, second = KNOWN[category][:2]  # type: ignore[index]
-    others = {"character": None} if category == "object" else {"object": None}
+    others: dict[str, Element | None] = (
+        {"character": None} if category == "object" else {"object": None}
+    )
     if beside:
         others = {"character": KNOWN["character"][2], "object": KNOWN["object"][0]}
     scene = Scene(**{"character": KNOWN["character"][2], **others, category: first})
