@@ -44,7 +44,7 @@ class Line:
     """What one method did.
 
     Args:
-        variant: the method and its cache policy.
+        variant: the method with its own options and cache policy.
         shots: its pictures, in the order of the seeds.
         full: full passes per picture.
         light: passes per picture that reused features.
@@ -122,26 +122,28 @@ class Comparison:
         """The rows that have pictures, in the order of the variants."""
         return tuple(self._lines[v] for v in self.variants if v in self._lines)
 
-    def wishes(self, on_evaluation: Callable[[], None] = lambda: None) -> Iterator[Wish]:
+    def wishes(
+        self, on_evaluation: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Variant, Wish]]:
         """One wish per picture, seed by seed so that the machine's moods hit all methods alike."""
         found: dict[Variant, Mapping[str, Any]] = {}
         for seed in self.seeds:
             for variant in self.variants:
                 if variant not in found:
                     found[variant] = self._options(variant, on_evaluation)
-                yield replace(
+                wish = replace(
                     self.wish,
                     method=variant.method,
                     cache=variant.cache,
                     options=found[variant],
                     seed=seed,
                 )
+                yield variant, wish
 
-    def add(self, wish: Wish, on_step: Callable[[], None] = lambda: None) -> Shot:
+    def add(self, variant: Variant, wish: Wish, on_step: Callable[[], None] = lambda: None) -> Shot:
         """Render one picture, save it with its recipe, and rewrite the results."""
         recipe = write_recipe(self.pipe, wish)
         made = render(self.pipe, recipe, on_step=on_step)
-        variant = Variant(recipe.method, recipe.cache)
         file = f"{variant.slug}_{wish.seed}.png"
         save_png(made.image, self.folder / file, recipe)
         shot = Shot(wish.seed, file, made.report.seconds)
@@ -214,8 +216,7 @@ class Comparison:
 
     def _options(self, variant: Variant, on_evaluation: Callable[[], None]) -> Mapping[str, Any]:
         """The wish's options that the method has, and what it has to look for."""
-        known = defaults(METHODS[variant.method].object)
-        options = {k: v for k, v in (self.wish.options or {}).items() if k in known}
+        options = variant.options_with(self.wish.options or {})
         if variant.method == "lorahub" and "coefficients" not in options:
             options["coefficients"] = coefficients(
                 self.pipe.ensemble,

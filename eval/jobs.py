@@ -14,7 +14,7 @@ from cmlora.eval.manifest import set_id
 from cmlora.eval.studio import Studio
 from cmlora.eval.variants import Variant
 from cmlora.recipe import Recipe
-from cmlora.strategies import METHODS, check_options, schedule
+from cmlora.strategies import METHODS, schedule
 from cmlora.strategies.options import defaults
 
 SEARCHED = {"lorahub": "coefficients"}
@@ -28,7 +28,7 @@ class Job:
     Args:
         key: of everything that changes the picture, 64 hex digits, the same on every machine.
         ids: the set.
-        variant: method and cache.
+        variant: method with its own options, and cache.
         seed: as the user counts them; the noise also depends on the set.
         recipe: how to make it, but for options that the method looks for itself.
     """
@@ -68,22 +68,25 @@ def jobs_of(
         sets: LoRA ids.
         variants: methods with their caches.
         seeds: of the initial noise.
-        options: values or texts by name, for every method that has an option of that name.
+        options: values or texts by name, for every method that has an option of that name and
+            whose variant does not set it.
 
     Raises:
-        CmloraError: for an option that none of the methods has, or a wrong value.
+        CmloraError: for an option that none of the methods has, a wrong value, or two variants
+            that are the same with these options.
     """
     wanted = dict(options or {})
     _check_options(variants, wanted)
     shared = studio.base_recipe()
-    bases = {}
+    bases: dict[Variant, Recipe] = {}
     for variant in variants:
-        known = defaults(METHODS[variant.method].object)
-        own = {name: value for name, value in wanted.items() if name in known}
-        checked = check_options(variant.method, own)
         bases[variant] = replace(
-            shared, method=variant.method, cache=variant.cache, options=checked
+            shared,
+            method=variant.method,
+            cache=variant.cache,
+            options=variant.options_with(wanted),
         )
+    _check_apart(bases)
     found = []
     for ids in sets:
         loras, prompt = studio.ingredients(ids), studio.manifest.prompt_of(ids)
@@ -129,13 +132,23 @@ def planned_cost(studio: Studio, job: Job, one: PassCost) -> RunCost:
     return plan_cost(plans, one.full, one.light if policy.reuse else None)
 
 
+def _check_apart(bases: Mapping[Variant, Recipe]) -> None:
+    """No two variants come to the same once the common options are in them."""
+    known: dict[str, Variant] = {}
+    for variant, recipe in bases.items():
+        first = known.setdefault(recipe.digest(), variant)
+        if first != variant:
+            raise CmloraError(
+                f"methods {first.label!r} and {variant.label!r} are the same with these options"
+            )
+
+
 def _check_options(variants: Sequence[Variant], options: Mapping[str, Any]) -> None:
     """Every option belongs to a method, and every method can read its own."""
     listed: dict[str, None] = {}
     for variant in variants:
-        known = defaults(METHODS[variant.method].object)
-        listed |= dict.fromkeys(known)
-        check_options(variant.method, {k: v for k, v in options.items() if k in known})
+        listed |= dict.fromkeys(defaults(METHODS[variant.method].object))
+        variant.options_with(options)
     for option in options:
         if option not in listed:
             known_ = ", ".join(sorted(listed)) or "none"

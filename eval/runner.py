@@ -170,6 +170,7 @@ def make(
         light=math.fsum(report.light.values()),
         macs=None if cost is None else cost.of(report.full, report.light),
         options=made.recipe.options,
+        variant=job.variant.label,
     )
 
 

@@ -51,6 +51,7 @@ class Record:
         light: passes that reused features.
         macs: multiply-accumulates of all passes; ``None`` if they cannot be counted.
         options: of the method, as carried out.
+        variant: the label that was asked for; method and cache if it is not in the record.
     """
 
     key: str
@@ -65,11 +66,12 @@ class Record:
     light: float
     macs: int | None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    variant: str = ""
 
     @property
     def label(self) -> str:
-        """Method and cache in one word."""
-        return Variant(self.method, self.cache).label
+        """Method, options of its own, and cache in one word."""
+        return self.variant or Variant(self.method, self.cache).label
 
     @property
     def n(self) -> int:

@@ -239,7 +239,8 @@ def cost_notes(cells: Sequence[Cell]) -> tuple[str, ...]:
 def _variant(order: Order, variant: Variant) -> Order:
     """The order with another method, and those of its options that the method has."""
     known = defaults(METHODS[variant.method].object)
-    options = {key: value for key, value in order.options.items() if key in known}
+    common = {key: value for key, value in order.options.items() if key in known}
+    options = {**common, **variant.options}
     return replace(order, method=variant.method, cache=variant.cache, options=options, pictures=1)
 
 

@@ -48,12 +48,15 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def variants(text: str) -> tuple[str, ...]:
-    """A comma-separated list of methods; a comma before a digit belongs to a policy's numbers.
+    """A comma-separated list of methods with their options and caches.
 
-    >>> variants("merge,cmlora@nonuniform:2,3,switch")
-    ('merge', 'cmlora@nonuniform:2,3', 'switch')
+    Commas in brackets belong to the options, and commas before a digit to a policy's numbers.
+
+    >>> variants("merge,cmlora[decay=0.8,late=0.5]@nonuniform:2,3,switch")
+    ('merge', 'cmlora[decay=0.8,late=0.5]@nonuniform:2,3', 'switch')
     """
-    return tuple(part.strip() for part in re.split(r",(?!\s*[\d.])", text) if part.strip())
+    parts = re.split(r",(?![^\[\]]*\])(?!\s*[\d.])", text)
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def weighted(text: str) -> tuple[str, float]:
@@ -156,6 +159,24 @@ def roles(texts: Sequence[str]) -> dict[str, Role]:
             raise CmloraError(f"--role {name}={value}: a class is high or low")
         found[name] = cast(Role, value)
     return found
+
+
+def places(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """LoRA names with the denoisers their files go into.
+
+    >>> places(["ink=transformer+transformer_2"])
+    {'ink': ('transformer', 'transformer_2')}
+    """
+    return {name: tuple(value.split("+")) for name, value in pairs("--into", texts).items()}
+
+
+def seconds(texts: Sequence[str]) -> dict[str, tuple[str, float]]:
+    """LoRA names with their files for the second denoiser and the strengths there.
+
+    >>> seconds(["ink=low.safetensors:0.8"])
+    {'ink': ('low.safetensors', 0.8)}
+    """
+    return {name: weighted(value) for name, value in pairs("--second", texts).items()}
 
 
 def prompt_of(pipe: Any) -> str:

@@ -80,8 +80,8 @@ def compare(
         err.print("lorahub is left out: there is no score to look for its coefficients with")
     with progress("pictures", len(variants) * len(columns) * steps) as bar:
         search = bar.add_task("coefficients", total=Previews().budget, visible=False)
-        for one in table.wishes(lambda: bar.update(search, advance=1, visible=True)):
-            table.add(one, lambda: bar.advance(bar.task_ids[0]))
+        for row, one in table.wishes(lambda: bar.update(search, advance=1, visible=True)):
+            table.add(row, one, lambda: bar.advance(bar.task_ids[0]))
     with status("scoring"):
         table.score_lines()
         sheet = table.draw()

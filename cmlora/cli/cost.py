@@ -94,7 +94,8 @@ def estimate(
     rows = []
     for variant in read(words or USUAL):
         found = {"coefficients": (1.0,) * loras} if variant.method == "lorahub" else {}
-        plans = schedule(variant.method, members, steps, parse(variant.cache), **found)
+        given = {**found, **variant.options}
+        plans = schedule(variant.method, members, steps, parse(variant.cache), **given)
         if uncond == "shared" and batch == 2:
             plans = tuple(map(share_uncond, plans))
         run = plan_cost(plans, one.full, one.light if parse(variant.cache).reuse else None)

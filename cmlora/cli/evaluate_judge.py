@@ -116,13 +116,14 @@ def judge(
     from cmlora.eval.judge.tally import judged
     from cmlora.eval.shard import device_of, launched, read_shard
     from cmlora.eval.study import Study
+    from cmlora.eval.variants import canonical
 
     study, how = Study(run), find_protocol(protocol)
     part = read_shard(shard) if shard else launched()
     records = list(study.records().values())
-    wanted = pairs(
-        records, labels=arguments.variants(methods), against=against.strip(), most=sample
-    )
+    labels = [canonical(word) for word in arguments.variants(methods)]
+    opponent = canonical(against) if against.strip() else ""
+    wanted = pairs(records, labels=labels, against=opponent, most=sample)
     if not wanted:
         raise CmloraError(f"{run} has no two pictures of the same set and seed to compare")
     shown = read_examples(examples, how) if examples else []

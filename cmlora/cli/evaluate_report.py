@@ -31,13 +31,14 @@ def report(
     """
     from cmlora.eval.report.write import write_report
     from cmlora.eval.study import Study
+    from cmlora.eval.variants import canonical
 
     with status("writing"):
         files = write_report(
             Study(run),
             destination,
-            baseline=baseline or None,
-            focus=focus or None,
+            baseline=canonical(baseline) if baseline else None,
+            focus=canonical(focus) if focus else None,
             metrics=arguments.listed(metrics),
             per_size=max(0, gallery),
         )

@@ -16,7 +16,11 @@ Guidance = Annotated[
 ]
 LoRAFolder = Annotated[str | None, typer.Option(help="Where LoRA names are looked up.")]
 Methods = Annotated[
-    str, typer.Option(help="METHOD or METHOD@CACHE, separated by commas; the usual ones if empty.")
+    str,
+    typer.Option(
+        help="METHOD[KEY=VALUE,...]@CACHE, separated by commas, options and cache if wanted; "
+        "the usual ones if empty."
+    ),
 ]
 Model = Annotated[
     str, typer.Option(help="emoji, a diffusers folder, a .safetensors file, or a hub id.")
@@ -31,7 +35,7 @@ Settings = Annotated[list[str] | None, typer.Option(help="KEY=VALUE of a method;
 Size = Annotated[str, typer.Option(help="Pixels, or WIDTHxHEIGHT; the model's if empty.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Execution = Annotated[
-    str, typer.Option(help="A step's passes: sequential, batched, or auto as memory allows.")
+    str, typer.Option(help="A step's passes: sequential, batched, auto as memory allows, or fused.")
 ]
 Uncond = Annotated[
     str, typer.Option(help="Unconditional predictions: per_lora, or shared for the base's own.")
