@@ -16,7 +16,7 @@ from cmlora.errors import CmloraError
 from cmlora.plan import Pass
 from cmlora.switching import AdapterSwitch
 
-Execution = Literal["sequential", "batched", "auto"]
+Execution = Literal["sequential", "batched", "auto", "fused"]
 
 _BASE = "__base__"
 _RESERVE = 0.8

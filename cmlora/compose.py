@@ -126,7 +126,9 @@ def compose(
             "per_lora", where every pass gets the embeddings that its own LoRAs make.
         text_weights: strengths in the text encoders, where they differ from those of `loras`.
         execution: "sequential" runs the passes of a step one after the other, "batched" those
-            with one LoRA each as one batch, "auto" as many in one batch as there is memory for.
+            with one LoRA each as one batch, "auto" as many in one batch as there is memory for;
+            "fused" exchanges whole weights with the LoRAs added, which makes every pass as fast as
+            the base model's and keeps a copy of the weights per combination of LoRAs that acts.
         schedule: curves that multiply the strengths in the course of the run, by block if you
             like, as text (see `cmlora.schedules.parse`) or as an object.
         uncond: whether every LoRA makes an unconditional prediction of its own, or all use the
@@ -157,7 +159,8 @@ def compose(
     if policy.reuse or foreign is not None:
         _refuse_few_steps(pipe)
     encoders = [getattr(pipe, n, None) for n in denoisers.TEXT_ENCODERS]
-    switches = {name: AdapterSwitch(model) for name, model in models.items()}
+    fused = execution == "fused"
+    switches = {name: AdapterSwitch(model, fused=fused) for name, model in models.items()}
     text_switches = [AdapterSwitch(e) for e in encoders if isinstance(e, nn.Module)]
     composed = described(loras, members, roles or {}, profiles or {})
     everything = [*switches.values(), *text_switches]

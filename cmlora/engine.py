@@ -59,8 +59,9 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         switch: activates LoRAs in the denoiser.
         cache: where features are kept, or ``None`` to run every pass in full.
         prompts: exchanges prompt embeddings per pass, or ``None`` to leave them.
-        execution: ``sequential``, ``batched`` (the passes with one LoRA each in one call), or
-            ``auto``, as many in one call as there is memory for.
+        execution: ``sequential``, ``batched`` (the passes with one LoRA each in one call),
+            ``auto``, as many in one call as there is memory for, or ``fused``, where the switch
+            exchanges whole weights.
     """
 
     _is_stateful = True
@@ -210,7 +211,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
     ) -> list[list[int]]:
         """Which of the wanted passes run in one call."""
         alone = [[index] for index in wanted]
-        if self._execution == "sequential" or len(wanted) <= 1:
+        if self._execution in ("sequential", "fused") or len(wanted) <= 1:
             return alone
         try:
             self._check_batching(plan, call)

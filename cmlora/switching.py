@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from cmlora.errors import CmloraError
+from cmlora.fusing import FusedWeight, check_resident, fusable
 from cmlora.plan import Strength
 
 _MISSING: Any = object()
@@ -43,6 +44,11 @@ class _Activation(NamedTuple):
     names: list[str]
     scaling: dict[str, Any]
     scales: dict[str, Any]
+    beside: bool
+
+
+_Activations = tuple[list[_Activation], list[tuple[FusedWeight, Tensor]]]
+"""What all layers get, and the weights that are exchanged."""
 
 
 class AdapterSwitch:
@@ -57,12 +63,17 @@ class AdapterSwitch:
         module: a model with injected adapters (or without: then there is nothing to switch).
         direct: write PEFT's attributes directly; ``None`` finds out whether this version of PEFT
             has them. Otherwise its public methods are used, which is slower.
+        fused: add plain LoRAs to copies of the weights, one copy per combination, and exchange the
+            weights; others act beside their layer as usual.
 
     Raises:
-        CmloraError: if LoRAs are fused into the weights, where they cannot be switched off.
+        CmloraError: if LoRAs are fused into the weights, where they cannot be switched off; or if
+            ``fused`` is asked for and the model is offloaded.
     """
 
-    def __init__(self, module: nn.Module, *, direct: bool | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, *, direct: bool | None = None, fused: bool = False
+    ) -> None:
         named = [(n, m) for n, m in module.named_modules() if isinstance(m, BaseTunerLayer)]
         self._layers = [layer for _, layer in named]
         # a layer inside another adapter's wrapping still goes by the denoiser's name for it
@@ -72,15 +83,21 @@ class AdapterSwitch:
             for layer in self._layers
         ]
         self.names: tuple[str, ...] = tuple(sorted(frozenset().union(*self._held)))
-        fused = sorted({name for layer in self._layers for name in layer.merged_adapters})
-        if fused:
+        merged = sorted({name for layer in self._layers for name in layer.merged_adapters})
+        if merged:
             raise CmloraError(
-                f"{', '.join(fused)}: fused into the weights of {type(module).__name__}; "
+                f"{', '.join(merged)}: fused into the weights of {type(module).__name__}; "
                 "call pipe.unfuse_lora() first"
             )
         known = all(map(_has_known_attributes, self._layers))
         self._direct = known if direct is None else direct
-        self._activations: dict[tuple[tuple[str, Strength], ...], list[_Activation]] = {}
+        self._activations: dict[tuple[tuple[str, Strength], ...], _Activations] = {}
+        self._fused: dict[int, FusedWeight] = {}
+        self._room = _REMEMBERED
+        if fused:
+            check_resident(module)
+            self._fused = {i: FusedWeight(x) for i, x in enumerate(self._layers) if fusable(x)}
+            self._room = len(self.names) + 1
 
     @property
     def layers(self) -> tuple[BaseTunerLayer, ...]:
@@ -96,21 +113,25 @@ class AdapterSwitch:
             CmloraError: for a strength per block with a pattern that no layer of the LoRA has.
         """
         key = tuple(weights.items())
-        activation = self._activations.get(key)
-        if activation is None:
-            if len(self._activations) >= _REMEMBERED:
-                self._activations.clear()
-            activation = self._activations[key] = self._prepare(weights)
+        prepared = self._activations.pop(key, None)
+        if prepared is None:
+            while len(self._activations) >= self._room:
+                del self._activations[next(iter(self._activations))]
+            prepared = self._prepare(weights)
+        self._activations[key] = prepared  # the one used last stands last
+        activation, exchanged = prepared
+        for weight, value in exchanged:
+            weight.put(value)
         if not self._direct:
-            for layer, _, names, scaling, scales in activation:
-                layer.enable_adapters(True)
+            for layer, _, names, scaling, scales, beside in activation:
+                layer.enable_adapters(beside)
                 layer.set_adapter(names, inference_mode=True)
                 scaling.update(scales)
             return
         # past nn.Module.__setattr__, which costs more than everything else here
-        for _, attributes, names, scaling, scales in activation:
+        for _, attributes, names, scaling, scales, beside in activation:
             attributes["_active_adapter"] = names
-            attributes["_disable_adapters"] = False
+            attributes["_disable_adapters"] = not beside
             scaling.update(scales)
 
     def freeze(self) -> None:
@@ -135,6 +156,9 @@ class AdapterSwitch:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put a snapshot of this module back, exactly; LoRAs deleted since then stay deleted."""
+        self._activations.clear()
+        for weight in self._fused.values():
+            weight.restore()
         if not self._direct:
             for layer, attributes in zip(self._layers, snapshot.attributes, strict=True):
                 active = attributes["_active_adapter"]
@@ -159,17 +183,22 @@ class AdapterSwitch:
             for held in _containers(layer):
                 yield from held.parameters()
 
-    def _prepare(self, weights: Mapping[str, Strength]) -> list[_Activation]:
+    def _prepare(self, weights: Mapping[str, Strength]) -> _Activations:
         """Work out what activating these weights writes."""
         local = {name: self._resolve(name, weight) for name, weight in weights.items()}
         activation = []
+        exchanged = []
         for index, (layer, held) in enumerate(zip(self._layers, self._held, strict=True)):
             here = {name: local[name][index] for name in sorted(local) if name in held}
             names = [name for name, weight in here.items() if weight != 0.0]
             scales = {name: _scale(layer, name, here[name]) for name in names}
             scales = {name: scale for name, scale in scales.items() if scale is not None}
-            activation.append(_Activation(layer, vars(layer), names, _scaling(layer), scales))
-        return activation
+            weight = self._fused.get(index)
+            if weight is not None:
+                exchanged.append((weight, weight.under(scales)))
+            own = vars(layer), names, _scaling(layer), scales
+            activation.append(_Activation(layer, *own, beside=weight is None))
+        return activation, exchanged
 
     def _resolve(self, name: str, strength: Strength) -> list[float]:
         """A LoRA's strength in every layer."""

@@ -113,5 +113,5 @@ def test_a_gauge_says_how_many_fit() -> None:
 
 
 def test_unknown_executions_are_named() -> None:
-    with pytest.raises(CmloraError, match="expected 'sequential', 'batched' or 'auto'"):
+    with pytest.raises(CmloraError, match="expected 'sequential', 'batched', 'auto' or 'fused'"):
         compose(pipeline("sd15"), NAMES, execution="parallel")  # type: ignore[arg-type]
