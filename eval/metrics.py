@@ -38,6 +38,7 @@ METRICS = {
         Metric("dino_image", "DINO likeness"),
         Metric("pick_score", "PickScore"),
         Metric("hps", "HPSv2"),
+        Metric("image_reward", "ImageReward", digits=3),
         Metric("aesthetic", "aesthetic", digits=3),
         Metric("sharpness", "sharpness", "neither", digits=3),
         Metric("saturation", "saturation", "neither", digits=3),

@@ -7,6 +7,7 @@ from cmlora.eval.scorers.clip_concepts import ClipConcepts
 from cmlora.eval.scorers.clip_score import ClipScore
 from cmlora.eval.scorers.cost import Cost
 from cmlora.eval.scorers.fidelity import Fidelity
+from cmlora.eval.scorers.image_reward import ImageReward
 from cmlora.eval.scorers.likeness import ClipImage, DinoImage
 from cmlora.eval.scorers.preference import HumanPreference, PickScore
 from cmlora.eval.scorers.probe import ProbeScore
@@ -24,6 +25,7 @@ SCORERS: Registry[Maker] = Registry(
     Entry("dino_image", DinoImage, "the same by DINOv2", "arXiv:2304.07193"),
     Entry("pick_score", PickScore, "what people would pick", "arXiv:2305.01569"),
     Entry("hps", HumanPreference, "what people prefer, HPSv2", "arXiv:2306.09341"),
+    Entry("image_reward", ImageReward, "what people reward, by a BLIP", "arXiv:2304.05977"),
     Entry("aesthetic", Aesthetic, "how pleasing, by a classifier of yours"),
     Entry("sanity", Sanity, "sharpness, saturation, contrast, clipped values"),
     Entry("cost", Cost, "seconds and multiply-accumulates, as recorded"),

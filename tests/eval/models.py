@@ -93,6 +93,84 @@ def save_vision(folder: Path, labels: dict[int, str] | None = None) -> Path:
     return folder
 
 
+REWARD_SIZES: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "layer_norm_eps": 1e-6,
+    },
+    "text_config": {
+        "vocab_size": 128,
+        "hidden_size": 12,
+        "encoder_hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 40,
+    },
+}
+
+
+def reward_tensors() -> dict[str, torch.Tensor]:
+    """A small ImageReward under the names of the published file, with what training left in it."""
+    made: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(4)
+
+    def put(name: str, *shape: int) -> None:
+        made[name] = torch.randn(shape, generator=generator) * 0.3
+
+    def linear(name: str, out: int, into: int) -> None:
+        put(f"{name}.weight", out, into)
+        put(f"{name}.bias", out)
+
+    def norm(name: str, width: int) -> None:
+        put(f"{name}.weight", width)
+        put(f"{name}.bias", width)
+
+    eye = "blip.visual_encoder"
+    put(f"{eye}.cls_token", 1, 1, 16)
+    put(f"{eye}.pos_embed", 1, 17, 16)
+    put(f"{eye}.patch_embed.proj.weight", 16, 3, 8, 8)
+    put(f"{eye}.patch_embed.proj.bias", 16)
+    for block in (f"{eye}.blocks.{number}" for number in range(2)):
+        norm(f"{block}.norm1", 16)
+        linear(f"{block}.attn.qkv", 48, 16)
+        linear(f"{block}.attn.proj", 16, 16)
+        norm(f"{block}.norm2", 16)
+        linear(f"{block}.mlp.fc1", 32, 16)
+        linear(f"{block}.mlp.fc2", 16, 32)
+    norm(f"{eye}.norm", 16)
+    read = "blip.text_encoder"
+    put(f"{read}.embeddings.word_embeddings.weight", 128, 12)
+    put(f"{read}.embeddings.position_embeddings.weight", 40, 12)
+    norm(f"{read}.embeddings.LayerNorm", 12)
+    for layer in (f"{read}.encoder.layer.{number}" for number in range(2)):
+        for kind, width in (("attention", 12), ("crossattention", 16)):
+            linear(f"{layer}.{kind}.self.query", 12, 12)
+            linear(f"{layer}.{kind}.self.key", 12, width)
+            linear(f"{layer}.{kind}.self.value", 12, width)
+            linear(f"{layer}.{kind}.output.dense", 12, 12)
+            norm(f"{layer}.{kind}.output.LayerNorm", 12)
+        linear(f"{layer}.intermediate.dense", 24, 12)
+        linear(f"{layer}.output.dense", 12, 24)
+        norm(f"{layer}.output.LayerNorm", 12)
+    for place, (into, out) in {
+        0: (12, 1024),
+        2: (1024, 128),
+        4: (128, 64),
+        6: (64, 16),
+        7: (16, 1),
+    }.items():
+        linear(f"mlp.layers.{place}", out, into)
+    made[f"{read}.embeddings.position_ids"] = torch.arange(40)[None]
+    linear("blip.text_decoder.cls", 12, 12)
+    return made
+
+
 CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}\n"
