@@ -7,7 +7,7 @@ maps (B, C, H, W).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -162,6 +162,26 @@ def find(pipe: Any) -> dict[str, nn.Module]:
             "expected a diffusers pipeline"
         )
     return found
+
+
+def chosen(into: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of denoisers in the order pipelines have them.
+
+    Args:
+        into: one name or several; ``None`` or nothing leaves it to the file.
+
+    Raises:
+        CmloraError: for a name that no pipeline has.
+
+    >>> chosen(["transformer_2", "transformer"]), chosen(None)
+    (('transformer', 'transformer_2'), ())
+    """
+    names = (into,) if isinstance(into, str) else tuple(into or ())
+    for name in names:
+        if name not in ATTRIBUTES:
+            known = f"{', '.join(ATTRIBUTES[:-1])} or {ATTRIBUTES[-1]}"
+            raise CmloraError(f"into={name!r}: expected {known}")
+    return tuple(name for name in ATTRIBUTES if name in names)
 
 
 def doubled_guidance(pipe: Any) -> float | None:

@@ -70,14 +70,15 @@ def of_lora(lora: LoRA, table: str | None = None, widths: Mapping[str, int] | No
             return name
     if "unet" in parts and "text_encoder_2" in parts:
         return _WIDTHS[2048]
-    return "a diffusion transformer" if "transformer" in parts else "an unknown family"
+    dit = parts & {"transformer", "transformer_2"}
+    return "a diffusion transformer" if dit else "an unknown family"
 
 
 def of_pipe(pipe: Any) -> str:
     """The family of a pipeline: by the width of text its UNet takes, or its transformer's class."""
     unet = getattr(pipe, "unet", None)
     if unet is None:
-        transformer = getattr(pipe, "transformer", None)
+        transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
         return "an unknown family" if transformer is None else type(transformer).__name__
     width = unet.config.cross_attention_dim
     return _by_width(width if isinstance(width, int) else next(iter(width)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmlora import container, insert, peft_config, rest
+from cmlora import aim, container, denoisers, insert, peft_config, rest
 from cmlora.container import sha256 as sha256
 from cmlora.errors import CmloraError
 from cmlora.insert import Applied as Applied
@@ -51,7 +52,15 @@ def read(path: PathLike, *, strict: bool = True, layers_per_block: int = 2) -> L
     return lora
 
 
-def load(pipe: Any, path: PathLike, name: str, *, strict: bool = True) -> Applied:
+def load(
+    pipe: Any,
+    path: PathLike,
+    name: str,
+    *,
+    strict: bool = True,
+    into: str | Sequence[str] | None = None,
+    strength: float = 1.0,
+) -> Applied:
     """Reads a LoRA and puts it into a diffusers pipeline, or leaves the pipeline as it is.
 
     Whatever form the file has, the model ends up with exactly the changes that it describes, at
@@ -62,14 +71,26 @@ def load(pipe: Any, path: PathLike, name: str, *, strict: bool = True) -> Applie
         path: see `read`.
         name: of the adapter in the pipeline.
         strict: anything that cannot be applied is an error; otherwise a warning that counts it.
+        into: the denoisers it goes into, such as ``transformer_2`` or both of Wan 2.2's; by
+            default where its names say, which is the first one in nearly all files. A LoRA of
+            this name may then be in the pipeline's other models already.
+        strength: multiplies the file's changes, whatever strength they have later.
 
     Raises:
-        CmloraError: see `read` and `cmlora.insert.insert`.
+        CmloraError: see `read`, `cmlora.aim.aimed` and `cmlora.insert.insert`.
     """
     source = open_file(path, pipe)
     source.settle(strict)
+    source = aim.aimed(source, pipe, denoisers.chosen(into))
     applied = insert.insert(
-        pipe, source.lora, name, strict=strict, source=str(path), remainder=source.remainder
+        pipe,
+        source.lora,
+        name,
+        strict=strict,
+        source=str(path),
+        remainder=source.remainder,
+        strength=strength,
+        further=bool(into),
     )
     skipped = (*sorted(source.layout.leftover), *applied.skipped)
     return replace(applied, sha256=source.sha256, skipped=skipped)

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from cmlora import family, peft_config, rest
 from cmlora.errors import CmloraError
-from cmlora.lora import TEXT_ENCODERS, LoRA, Update
+from cmlora.lora import DENOISERS, TEXT_ENCODERS, LoRA, Update
 from cmlora.rest import Remainder, Shift
+
+MODELS = (*DENOISERS, *TEXT_ENCODERS)
+"""Where LoRAs go in a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def insert(
     strict: bool = True,
     source: str | None = None,
     remainder: Remainder | None = None,
+    strength: float = 1.0,
+    further: bool = False,
 ) -> Applied:
     """Adds a LoRA to the denoiser and the text encoders of a diffusers pipeline.
 
@@ -57,12 +62,15 @@ def insert(
     If anything fails, the pipeline is as it was before.
 
     Args:
-        pipe: any diffusers pipeline whose denoiser is ``unet`` or ``transformer``.
+        pipe: any diffusers pipeline with the denoisers and text encoders that the LoRA names.
         lora: the updates.
         name: of the new adapter.
         strict: modules that the pipeline does not have are an error; otherwise a warning.
         source: how messages call the LoRA; its name by default.
         remainder: what the file changes beside the LoRA's low-rank updates.
+        strength: multiplies all of it.
+        further: the pipeline may have a LoRA of this name already, in models that this one leaves
+            alone; both are then one LoRA.
 
     Raises:
         CmloraError: if the name is taken or impossible, if a module is missing or has another
@@ -70,11 +78,17 @@ def insert(
     """
     source = source or lora.name
     made_for = remainder.family if remainder is not None else family.of_lora(lora)
-    _check_name(pipe, name)
+    targets = [target for target, _ in remainder.changes] if remainder is not None else []
+    touched = [*lora.updates, *(module for target in targets for module in target.modules)]
+    components = {module.partition(".")[0] for module in touched} if further else set(MODELS)
+    _check_name(pipe, name, components)
+    if strength != 1:
+        scaled = {m: replace(u, scale=u.scale * strength) for m, u in lora.updates.items()}
+        lora = replace(lora, updates=scaled)
     fitted, missing = _fit(pipe, lora, source, made_for)
     shifts: dict[str, dict[str, Shift]] = {}
     if remainder:
-        shifts, absent = rest.resolve(pipe, remainder, source)
+        shifts, absent = rest.resolve(pipe, remainder, source, strength)
         missing += absent
     if missing and (strict or not (fitted or shifts)):
         raise CmloraError(
@@ -119,13 +133,13 @@ def listing(names: list[str] | tuple[str, ...], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def _check_name(pipe: Any, name: str) -> None:
+def _check_name(pipe: Any, name: str, components: set[str]) -> None:
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise CmloraError(f"{name!r} cannot name a LoRA; use letters, digits, - and _")
-    for component in ("unet", "transformer", *TEXT_ENCODERS):
-        if name in getattr(getattr(pipe, component, None), "peft_config", {}):
+    for component in sorted(components):
+        if name in getattr(rest.plain(getattr(pipe, component, None)), "peft_config", {}):
             raise CmloraError(
-                f"the pipeline already has a LoRA called {name!r}; "
+                f"the pipeline already has a LoRA called {name!r} in its {component}; "
                 f"choose another name or call pipe.delete_adapters({name!r})"
             )
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cmlora import checks, imagetext
 from cmlora.atomic import replacing
 from cmlora.errors import CmloraError
+from cmlora.ingredient import Companion as Companion
 from cmlora.ingredient import Ingredient as Ingredient
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _ADDED: Mapping[str, Any] = MappingProxyType(
     {"schedule": "", "uncond": "per_lora", "execution": "sequential"}
 )
 _ADDED_TO_LORA: Mapping[str, Any] = MappingProxyType(
-    {"scope": None, "relevance": None, "importance": None}
+    {"scope": None, "relevance": None, "importance": None, "into": (), "companions": ()}
 )
 """Fields younger than the format, with their defaults."""
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -80,8 +81,8 @@ class Recipe:
         schedule: curves that multiply the LoRAs' weights, see `cmlora.schedules.parse`; empty for
             none.
         uncond: whose unconditional predictions are used: ``per_lora`` or ``shared``.
-        execution: of the passes of a step: ``sequential``, ``batched``, or ``auto``, with which the
-            last bits of a picture depend on the memory that was free.
+        execution: of the passes of a step: ``sequential``, ``batched``, ``fused``, or ``auto``,
+            with which the last bits of a picture depend on the memory that was free.
         negative_prompt: the negative prompt.
         guidance_scale: of classifier-free guidance.
         scheduler: class name of the scheduler; empty is the model's own.
@@ -129,7 +130,8 @@ class Recipe:
             checks.whole(where, name, getattr(self, name), 1, 2**20)
         checks.choice(where, "text_encoder", self.text_encoder, ("all", "none", "per_lora"))
         checks.choice(where, "uncond", self.uncond, ("per_lora", "shared"))
-        checks.choice(where, "execution", self.execution, ("sequential", "batched", "auto"))
+        executions = ("sequential", "batched", "auto", "fused")
+        checks.choice(where, "execution", self.execution, executions)
         checks.choice(where, "dtype", self.dtype, _DTYPES)
         guidance = checks.real(where, "guidance_scale", self.guidance_scale)
         object.__setattr__(self, "guidance_scale", guidance)
@@ -246,8 +248,15 @@ def infotext(recipe: Recipe) -> str:
     LoRAs are ``<lora:file:weight>`` at the end of the prompt, with AutoV2 hashes, by which image
     hosts find them. It says less than the JSON and is never read back.
     """
-    names = [(_plain(Path(lora.file).stem or lora.name), lora) for lora in recipe.loras]
-    tags = " ".join(f"<lora:{name}:{lora.weight:g}>" for name, lora in names)
+    files = [
+        (_plain(Path(file).stem or lora.name), weight, digest)
+        for lora in recipe.loras
+        for file, weight, digest in (
+            (lora.file, lora.weight, lora.sha256),
+            *((c.file, lora.weight * c.weight, c.sha256) for c in lora.companions),
+        )
+    ]
+    tags = " ".join(f"<lora:{name}:{weight:g}>" for name, weight, _ in files)
     lines = [f"{recipe.prompt} {tags}".strip()]
     if recipe.negative_prompt:
         lines.append(f"Negative prompt: {recipe.negative_prompt}")
@@ -261,7 +270,7 @@ def infotext(recipe: Recipe) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Model hash": recipe.model_hash[:10],
         "Model": _plain(Path(recipe.model).name),
-        "Lora hashes": ", ".join(f"{n}: {lora.sha256[:10]}" for n, lora in names if lora.sha256),
+        "Lora hashes": ", ".join(f"{name}: {digest[:10]}" for name, _, digest in files if digest),
         "LoRA method": recipe.method if recipe.loras else "",
         "LoRA cache": recipe.cache if recipe.cache != "none" else "",
         "Version": f"cmlora {recipe.versions['cmlora']}" if "cmlora" in recipe.versions else "",

@@ -42,9 +42,15 @@ class Shift(NamedTuple):
 
 
 def resolve(
-    pipe: Any, remainder: Remainder, source: str
+    pipe: Any, remainder: Remainder, source: str, strength: float = 1.0
 ) -> tuple[dict[str, dict[str, Shift]], list[str]]:
     """The shifts by component and the model's own module name, and the names that are missing.
+
+    Args:
+        pipe: the pipeline.
+        remainder: the changes of a file.
+        source: how messages call the file.
+        strength: multiplies the shifts.
 
     Raises:
         CmloraError: if a layer does not fit, or its weights are quantized and needed.
@@ -72,6 +78,8 @@ def resolve(
         for (component, own), shift in zip(layers, shifts, strict=True):
             if not all(t is None or bool(torch.isfinite(t).all()) for t in shift):
                 raise CmloraError(f"{source}: {key} gives numbers that are not finite")
+            if strength != 1:
+                shift = Shift(*(None if t is None else t * strength for t in shift))
             found.setdefault(component, {})[own] = shift
     return found, missing
 

@@ -18,7 +18,7 @@ from cmlora import container, family, forms, fused, keys, peft_config, rest
 from cmlora.errors import CmloraError
 from cmlora.forms import Change, Parts
 from cmlora.insert import listing
-from cmlora.lora import LoRA, Update, dense
+from cmlora.lora import DENOISERS, LoRA, Update, dense
 from cmlora.originals import Target
 from cmlora.rest import Remainder
 
@@ -100,7 +100,8 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
     header = container.header(path)
     unet = getattr(pipe, "unet", None)
     layers = getattr(getattr(unet, "config", None), "layers_per_block", layers_per_block)
-    denoiser = rest.plain(unet if unet is not None else getattr(pipe, "transformer", None))
+    models = (getattr(pipe, name, None) for name in DENOISERS)
+    denoiser = rest.plain(next((model for model in models if model is not None), None))
     names = [name for name, _ in denoiser.named_modules()] if denoiser is not None else []
     layout = keys.layout(
         header.shapes, layers if isinstance(layers, int) else 2, header.shapes, names

@@ -84,6 +84,11 @@ def bake(
         raise CmloraError(f"rank is {rank}, expected 1 or more")
     if not recipe.loras:
         raise CmloraError("this recipe has no LoRA; there is nothing to bake")
+    for x in recipe.loras:
+        if x.companions or x.into not in ((), ("transformer",)):
+            raise CmloraError(
+                f"LoRA {x.name!r} of this recipe is in several denoisers; a baked LoRA is for one"
+            )
     loras = [
         replace(scaled(read(pipe.loras[x.name].path), _strength(x.weight)), name=x.name)
         for x in recipe.loras

@@ -75,7 +75,7 @@ def coefficients(
         return (1.0,) * len(weights)
     key = {
         "model": str(ensemble.source),
-        "loras": [(n, ensemble.loras[n].applied.sha256, w) for n, w in sorted(weights.items())],
+        "loras": [(n, *ensemble.loras[n].identity, w) for n, w in sorted(weights.items())],
         "prompt": prompt,
         "previews": asdict(how),
         "arguments": {name: repr(value) for name, value in sorted(arguments.items())},

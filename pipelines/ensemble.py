@@ -41,6 +41,8 @@ class Loaded:
         weight: its strength unless a call says otherwise.
         role: the user's label of its frequency class.
         profile: its measured frequency profile, if there is a card beside the file.
+        into: the denoisers the file went into, if that was said.
+        further: its files for other denoisers; their weights are relative to its own.
     """
 
     path: Path
@@ -48,6 +50,15 @@ class Loaded:
     weight: float = 1.0
     role: Role | None = None
     profile: Profile | None = None
+    into: tuple[str, ...] = ()
+    further: tuple["Loaded", ...] = ()
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What it is, wherever its files are: their hashes, and what was said of their places."""
+        said = "+".join(self.into)
+        more = (f"{'+'.join(x.into)}:{x.applied.sha256}:{x.weight}" for x in self.further)
+        return (self.applied.sha256, *([said] if said else []), *more)
 
 
 class Ensemble:
@@ -83,15 +94,22 @@ class Ensemble:
         weight: float = 1.0,
         role: Role | None = None,
         strict: bool = True,
+        into: str | Sequence[str] | None = None,
+        load_into_transformer_2: bool = False,
     ) -> str:
-        """Put a LoRA into the pipeline.
+        """Put a LoRA into the pipeline, or a further file of one that is in another denoiser.
 
         Args:
             path: a safetensors file of any trainer, or the id of an embedded LoRA.
-            adapter_name: what to call it; by default the file's stem.
-            weight: its strength unless a call says otherwise.
+            adapter_name: what to call it; by default the file's stem. The name of a LoRA that is
+                loaded, with a denoiser that it is not in, makes this file a part of that LoRA.
+            weight: its strength unless a call says otherwise; of a further file, its strength
+                relative to the LoRA's.
             role: ``high`` or ``low`` frequency, if you know better than the measurement.
             strict: refuse a file that does not apply completely.
+            into: the denoisers the file goes into, such as ``transformer_2``, or both of Wan 2.2;
+                by default where its names say, which is the first one in nearly all files.
+            load_into_transformer_2: diffusers' way to say ``into="transformer_2"``.
 
         Returns:
             The adapter's name.
@@ -102,12 +120,26 @@ class Ensemble:
         """
         file = library.find(path, model=self.source)
         name = adapter_name or library.adapter_name(file, self.loras)
-        if name in self.loras:
-            raise CmloraError(f"adapter {name!r} is loaded already; choose another adapter_name")
+        if load_into_transformer_2 and into is not None:
+            raise CmloraError("give either into or load_into_transformer_2, not both")
+        places = denoisers.chosen("transformer_2" if load_into_transformer_2 else into)
+        loaded = self.loras.get(name)
+        if loaded is not None and not places:
+            raise CmloraError(
+                f"adapter {name!r} is loaded already; choose another adapter_name, or say into "
+                "which other denoiser this file of it goes"
+            )
+        if loaded is not None and role not in (None, loaded.role):
+            raise CmloraError(f"adapter {name!r} is loaded already; its role is {loaded.role}")
         _check_weight(name, weight)
-        applied = load(self.pipe, file, name, strict=strict)
+        if loaded is not None:
+            applied = load(self.pipe, file, name, strict=strict, into=places, strength=weight)
+            more = Loaded(file, applied, weight, into=places)
+            self.loras[name] = replace(loaded, further=(*loaded.further, more))
+            return name
+        applied = load(self.pipe, file, name, strict=strict, into=places)
         profile = read_card(file, self._base_id) if card_path(file).exists() else None
-        self.loras[name] = Loaded(file, applied, weight, role, profile)
+        self.loras[name] = Loaded(file, applied, weight, role, profile, places)
         return name
 
     def turn(self, name: str) -> tuple[int, str]:
@@ -203,7 +235,7 @@ class Ensemble:
             text_encoder: how the LoRAs' text encoder parts are used: ``all``, ``none`` or
                 ``per_lora``; see `cmlora.compose.compose`.
             text_weights: strengths in the text encoders, where they differ.
-            execution: ``sequential``, ``batched`` or ``auto``.
+            execution: ``sequential``, ``batched``, ``auto`` or ``fused``.
             lora_scale: multiplies the strength of all LoRAs in the denoiser, whatever the family
                 calls the argument for it.
             count_macs: fill ``report.macs``; see `cmlora.compose.compose`.

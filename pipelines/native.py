@@ -25,7 +25,24 @@ def native_guidance(pipe: CMLoRAPipeline) -> float:
 def native_size(pipe: Any) -> tuple[int, int]:
     """Width and height in pixels that a model was made for."""
     denoiser: Any = next(iter(denoisers.find(pipe).values()))
+    factor = _factor(pipe)
     side = denoiser.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
-    side = side or _USUAL // pipe.vae_scale_factor
+    call = inspect.signature(pipe.__call__).parameters
+    stated = [call[name].default for name in ("width", "height") if name in call]
+    if not side and len(stated) == 2 and all(isinstance(length, int) for length in stated):
+        return stated[0], stated[1]
+    side = side or _USUAL // factor
     height, width = side if isinstance(side, list | tuple) else (side, side)
-    return width * pipe.vae_scale_factor, height * pipe.vae_scale_factor
+    return width * factor, height * factor
+
+
+def unit(pipe: Any) -> int:
+    """Pixels of which a picture's sides must be multiples."""
+    patched = denoisers.kind(next(iter(denoisers.find(pipe).values()))).latent == "frames"
+    return max(8, _factor(pipe)) * (2 if patched else 1)
+
+
+def _factor(pipe: Any) -> int:
+    """Pixels per number of a latent, on a side."""
+    own = getattr(pipe, "vae_scale_factor", None)
+    return int(own if own is not None else getattr(pipe, "vae_scale_factor_spatial", 8))

@@ -4,7 +4,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,14 +14,14 @@ from cmlora.caching.unet import Cut
 from cmlora.cost import PassCost, pass_macs, shapes
 from cmlora.engine import Report
 from cmlora.errors import CmloraError
-from cmlora.pipelines import library
+from cmlora.pipelines.assembly import assemble as assemble
+from cmlora.pipelines.assembly import restore as restore
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.ensemble import default_cache
-from cmlora.pipelines.models import fingerprint, resolve
-from cmlora.pipelines.native import native_guidance, native_size
+from cmlora.pipelines.native import native_guidance, native_size, unit
 from cmlora.pipelines.overlap import overlap
-from cmlora.plan import Member, Role, Strategy
-from cmlora.recipe import Ingredient, Recipe, current_versions
+from cmlora.plan import Member, Strategy
+from cmlora.recipe import Companion, Ingredient, Recipe, current_versions
 from cmlora.relevance import weighed
 from cmlora.schedules.parse import parse_schedule, write_schedule
 from cmlora.schedules.schedule import Schedule
@@ -43,7 +42,7 @@ class Wish:
         text_encoder: ``all``, ``none`` or ``per_lora``.
         schedule: curves on the LoRAs' weights, as text.
         uncond: ``per_lora`` or ``shared``.
-        execution: ``sequential``, ``batched`` or ``auto``.
+        execution: ``sequential``, ``batched``, ``auto`` or ``fused``.
         negative_prompt: what to avoid.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance; ``None`` is 7.5, or 4 for the embedded model.
@@ -114,6 +113,11 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
                 scope=member.scope,
                 relevance=member.relevance,
                 importance=member.importance,
+                into=lora.into,
+                companions=tuple(
+                    Companion(each.path.name, each.applied.sha256, each.into, each.weight)
+                    for each in lora.further
+                ),
             )
             for member in sorted(members, key=lambda member: pipe.ensemble.turn(member.name))
             for lora in [pipe.loras[member.name]]
@@ -228,6 +232,7 @@ def render(
     output = pipe(
         recipe.prompt,
         **_guided(pipe.pipe, recipe),
+        **_still(pipe.pipe),
         composition=recipe.method if strategy is None else strategy,
         lora_weights=weights,
         members=members,
@@ -245,89 +250,7 @@ def render(
         callback_on_step_end=stepped,
         output_type="pil",
     )
-    return Rendered(output.images[0], recipe, output.report)
-
-
-def assemble(
-    model: str | Path,
-    loras: Sequence[tuple[str | Path, float]],
-    *,
-    folder: str | Path | None = None,
-    roles: Mapping[str, Role] | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    config: str | Path | None = None,
-) -> CMLoRAPipeline:
-    """A model with LoRAs loaded, all by name or path.
-
-    Args:
-        model: see `cmlora.pipelines.models.locate`.
-        loras: name or path, and strength, of each LoRA.
-        folder: where LoRA names are looked up.
-        roles: ``high`` or ``low`` by the name a LoRA gets in the pipeline.
-        dtype: of the weights.
-        device: where to compute.
-        config: for a model in a single file, a diffusers folder of its family.
-
-    Raises:
-        CmloraError: for anything that is missing or does not fit. LoRA files are looked for before
-            the model is loaded, so that a wrong name costs no time.
-    """
-    where = resolve(model)
-    files = [library.find(reference, model=model, folder=folder) for reference, _ in loras]
-    names: list[str] = []
-    for file in files:
-        names.append(library.adapter_name(file, names))
-    for name in roles or {}:
-        if name not in names:
-            raise CmloraError(f"role for {name!r}: the LoRAs are {', '.join(names) or 'none'}")
-    layout = {} if config is None else {"config": config}
-    if layout and where.is_dir():
-        raise CmloraError(f"config is for a model in a single file; {where} is a folder")
-    pipe = CMLoRAPipeline.from_pretrained(where, dtype=dtype, device=device, **layout)
-    pipe.ensemble.source = model
-    pipe.set_progress_bar_config(disable=True)
-    for name, file, (_, weight) in zip(names, files, loras, strict=True):
-        pipe.load_lora_weights(file, name, weight=weight, role=(roles or {}).get(name))
-    return pipe
-
-
-def restore(
-    recipe: Recipe,
-    *,
-    model: str | Path | None = None,
-    folder: str | Path | None = None,
-    device: str | None = None,
-    config: str | Path | None = None,
-) -> CMLoRAPipeline:
-    """The model and LoRAs of a recipe, checked by their hashes, and its scheduler.
-
-    Args:
-        recipe: what is to be made again.
-        model: where the model is now, if it moved.
-        folder: where the LoRA files are now; not needed for embedded ones.
-        device: where to compute.
-        config: see `assemble`.
-
-    Raises:
-        CmloraError: if the model or a LoRA is missing or is not the one of the recipe.
-    """
-    import diffusers
-
-    place = model or recipe.model
-    if recipe.model_hash != fingerprint(place):
-        raise CmloraError(f"model {place} is not the one of the recipe: its hash differs")
-    wanted = [(lora.file, lora.sha256) for lora in recipe.loras]
-    files = library.by_hash(wanted, model=place, folder=folder)
-    pipe = assemble(place, (), dtype=recipe.dtype, device=device, config=config)
-    for lora, file in zip(recipe.loras, files, strict=True):
-        pipe.load_lora_weights(file, lora.name, weight=lora.weight, role=lora.role)
-    kind: Any = getattr(diffusers, recipe.scheduler, None)
-    schedulers = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
-    if not schedulers:
-        raise CmloraError(f"diffusers has no scheduler {recipe.scheduler!r}")
-    pipe.pipe.scheduler = kind.from_config(dict(recipe.scheduler_config))
-    return pipe
+    return Rendered(_first(output), recipe, output.report)
 
 
 def pass_cost(pipe: CMLoRAPipeline, recipe: Recipe) -> PassCost | None:
@@ -349,9 +272,9 @@ def pass_cost(pipe: CMLoRAPipeline, recipe: Recipe) -> PassCost | None:
 def _size(pipe: CMLoRAPipeline, wish: Wish) -> tuple[int, int]:
     """The picture's width and height, refused if the model cannot make it."""
     size = wish.size or native_size(pipe.pipe)
-    unit = max(8, pipe.vae_scale_factor)
-    if min(size) < unit or any(side % unit for side in size):
-        raise CmloraError(f"size {size[0]}x{size[1]}: both must be positive multiples of {unit}")
+    least = unit(pipe.pipe)
+    if min(size) < least or any(side % least for side in size):
+        raise CmloraError(f"size {size[0]}x{size[1]}: both must be positive multiples of {least}")
     return size
 
 
@@ -364,6 +287,18 @@ def _guided(pipe: Any, recipe: Recipe) -> dict[str, Any]:
     elif recipe.negative_prompt:
         raise CmloraError(f"{type(pipe).__name__} takes no negative prompt; leave it out")
     return said
+
+
+def _still(pipe: Any) -> dict[str, Any]:
+    """A pipeline for video makes one frame, which is a picture."""
+    return {"num_frames": 1} if "num_frames" in inspect.signature(pipe.__call__).parameters else {}
+
+
+def _first(output: Any) -> Image.Image:
+    """The picture of an output, or the only frame of its video."""
+    pictures = output.frames[0] if hasattr(output, "frames") else output.images
+    picture: Image.Image = pictures[0]
+    return picture
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,16 @@ def generate(
     role: Annotated[
         list[str] | None, typer.Option(help="NAME=high or NAME=low: a LoRA's frequency class.")
     ] = None,
+    into: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=transformer_2, or NAME=transformer+transformer_2: Wan's denoisers."
+        ),
+    ] = None,
+    second: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH_OR_ID[:WEIGHT]: a LoRA's other file, for transformer_2."),
+    ] = None,
     method: Annotated[str, typer.Option(help="See `cmlora methods`.")] = "cmlora",
     option: options.Settings = None,
     cache: Annotated[
@@ -63,6 +73,7 @@ def generate(
     prompt, schedule, named = arguments.tagged(prompt, schedule, lora or ())
     loras = [arguments.weighted(text) for text in named]
     roles = arguments.roles(role or ())
+    places, seconds = arguments.places(into or ()), arguments.seconds(second or ())
     wished: dict[str, Any] = {
         "method": method,
         "options": arguments.pairs("--option", option or ()),
@@ -106,6 +117,8 @@ def generate(
                 dtype=dtype,
                 device=device,
                 config=config,
+                into=places,
+                second=seconds,
             )
         wish = Wish(prompt or arguments.prompt_of(pipe), **wished)
         _, _, reason = settled(pipe, wish)
@@ -147,6 +160,7 @@ def with_coefficients(pipe: Any, wish: Any) -> Any:
             guidance_scale=base.guidance_scale,
             width=base.width,
             height=base.height,
+            execution=base.execution,
         )
     return replace(wish, options={**(wish.options or {}), "coefficients": found})
 
