@@ -14,9 +14,12 @@ from PIL import ImageOps
 from torch import Tensor
 
 from cmlora import container
+from cmlora.adapters.training.autoencoder import encoded, factor
 from cmlora.adapters.training.buckets import Size, fitted, nearest
-from cmlora.adapters.training.conditioning import Conditioning, Tree
+from cmlora.adapters.training.conditioning import Conditioning, denoiser_of
 from cmlora.adapters.training.pictures import Example
+from cmlora.adapters.training.trees import Tree
+from cmlora.denoisers import kind
 from cmlora.errors import CmloraError
 
 
@@ -44,7 +47,9 @@ class Latents:
         self.vae = getattr(pipe, "vae", None)
         self.examples, self.cache, self.folder = list(examples), cache, folder
         self.count = len(examples) * (2 if flip else 1)
-        self.factor = int(getattr(pipe, "vae_scale_factor", 8))
+        self.factor = factor(pipe)
+        # Transformers that read tokens or frames make patches of two by two latents.
+        self._patch = 1 if kind(denoiser_of(pipe)[1]).latent == "maps" else 2
         self._kept: dict[int, Tensor] = {}
         self._model = _fingerprint(self.vae) if cache == "disk" else ""
         self.sizes = [self._size(example, choices) for example in examples]
@@ -88,31 +93,28 @@ class Latents:
         container.save(path, {"latents": found}, {})
         return found
 
-    @torch.no_grad()
     def _encoded(self, example: Example, size: Size, mirrored: bool) -> Tensor:
         picture = fitted(example.open(), size)
         if mirrored:
             picture = ImageOps.mirror(picture)
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
-        vae: Any = self.vae
-        weight = next(vae.parameters())
-        encoded = vae.encode(pixels[None].to(weight.device, weight.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-        config = vae.config
-        if getattr(config, "latents_mean", None) is not None:
-            raise CmloraError(f"latents of {type(vae).__name__} are not supported for training")
-        shift = getattr(config, "shift_factor", None) or 0.0
-        scaled = (latents.float() - shift) * config.scaling_factor
-        found: Tensor = scaled[0].cpu()
-        return found
+        return encoded(self.vae, pixels[None])[0]
 
     def _size(self, example: Example, choices: Sequence[Size]) -> Size:
         if isinstance(example.picture, Tensor):
             if example.picture.ndim != 3:
                 raise CmloraError(f"latents are {tuple(example.picture.shape)}, not (C, H, W)")
             height, width = example.picture.shape[1:]
-            return width * self.factor, height * self.factor
-        return nearest(example.open().size, choices)
+            found = width * self.factor, height * self.factor
+        else:
+            found = nearest(example.open().size, choices)
+        step = self.factor * self._patch
+        if self._patch > 1 and (found[0] % step or found[1] % step):
+            raise CmloraError(
+                f"train: pictures of {found[0]}x{found[1]} pixels are no multiples of {step}, "
+                "which this model needs; change resolution or bucket_step"
+            )
+        return found
 
 
 class Texts:

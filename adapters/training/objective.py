@@ -130,7 +130,8 @@ def objective_of(
         kind: "auto", or one that overrules it among those of its kind of model.
         min_snr: see `Diffusion`.
         noise_offset: see `Diffusion`.
-        timesteps: "auto", "uniform" or "logit_normal".
+        timesteps: "auto", "uniform", "logit_normal", or "shifted": uniform, then shifted as the
+            pipeline shifts them, which the trainer asks it for.
 
     Raises:
         CmloraError: if the model and the kind or the weighting do not go together.
@@ -146,7 +147,9 @@ def objective_of(
         # A shift that depends on the picture's size belongs to sampling.
         fixed = not config.get("use_dynamic_shifting")
         shift = (config.get("shift") or config.get("flow_shift") or 1.0) if fixed else 1.0
-        return Flow(float(shift), noise_offset, timesteps != "uniform")
+        return Flow(float(shift), noise_offset, timesteps in ("auto", "logit_normal"))
+    if timesteps == "shifted":
+        raise CmloraError("train: timesteps shifted is for flow models, and this is none")
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if kind == "flow" or alphas is None:
         raise CmloraError(f"train: {name} is not the scheduler of a flow or diffusion model")

@@ -12,7 +12,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cmlora.adapters.training.conditioning import denoiser_of, text_encoders_of
+from cmlora.adapters.training.conditioning import denoisers_of, text_encoders_of
 from cmlora.adapters.training.quartet import quartet
 from cmlora.adapters.training.settings import Settings
 from cmlora.adapters.tuners import TUNERS
@@ -55,12 +55,17 @@ class Parts:
 
     def __init__(self, pipe: Any, settings: Settings) -> None:
         self.settings, self.pipe = settings, pipe
-        part, denoiser = denoiser_of(pipe)
-        self.denoiser = denoiser
+        self.denoisers = denoisers_of(pipe)
+        self.denoiser = next(iter(self.denoisers.values()))
         self.models: dict[str, nn.Module] = {}
         self.layers: dict[str, list[str]] = {}
         self.targets: dict[str, list[str]] = {}
-        everything = {part: denoiser, **text_encoders_of(pipe)}
+        everything = {**self.denoisers, **text_encoders_of(pipe)}
+        if settings.full and len(self.denoisers) > 1:
+            raise CmloraError(
+                f"train: full trains one denoiser, and {type(pipe).__name__} has two; train an "
+                "adapter, or take transformer_2 out of the pipeline"
+            )
         for model in everything.values():
             others = sorted(getattr(model, "peft_config", {}))
             if others:
@@ -70,23 +75,25 @@ class Parts:
                 )
         for name, model in everything.items():
             model.requires_grad_(False)
-            wanted = settings.targets if name == part else settings.text_targets
-            if settings.full and name == part:
+            own = name in self.denoisers
+            wanted = settings.targets if own else settings.text_targets
+            if settings.full and own:
                 self.models[name], self.layers[name] = model, adaptable(model)
             elif wanted:
                 self.models[name] = model
                 self.layers[name] = matching(model, wanted, name)
                 self.targets[name] = shortest(model, wanted, self.layers[name])
-        if settings.text_targets and len(self.models) == (part in self.models):
+        if settings.text_targets and self.models.keys() <= self.denoisers.keys():
             raise CmloraError("train: text_targets are given, and there is no text encoder")
         if settings.base_format == "mxfp4" and settings.tuner == "lora_sb":
             raise CmloraError(
                 "train: lora_sb needs gradients of the weights, which mxfp4 has none of"
             )
-        if settings.base_format == "mxfp4":
-            _pack(denoiser)
-        elif settings.base_format == "quartet":
-            quartet(denoiser)
+        for denoiser in self.denoisers.values():
+            if settings.base_format == "mxfp4":
+                _pack(denoiser)
+            elif settings.base_format == "quartet":
+                quartet(denoiser)
         self.alone = settings.full
 
     def insert(self) -> None:

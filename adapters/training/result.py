@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 def write(pipe: Any, parts: Parts, settings: Settings, examples: Sequence[Example]) -> Path:
     """Writes the adapter as one file, or the denoiser as a folder of diffusers.
 
+    Of two denoisers the second one's adapter is a file of its own, whose name ends in ``-2``:
+    other programs know no file that holds both, and would take the first half for the whole.
+
     Raises:
         CmloraError: if it cannot be written.
     """
@@ -37,8 +41,21 @@ def write(pipe: Any, parts: Parts, settings: Settings, examples: Sequence[Exampl
         return _write_denoiser(parts, folder / "denoiser")
     path = folder / f"{settings.name}.safetensors"
     dtype = getattr(torch, settings.dtype)
-    store.save(pipe, settings.name, path, metadata(pipe, settings, examples), dtype)
+    told = metadata(pipe, settings, examples)
+    if len(parts.denoisers) == 1:
+        store.save(pipe, settings.name, path, told, dtype)
+        return path
+    others = {part: model for part, model in parts.models.items() if part not in parts.denoisers}
+    first, second = (SimpleNamespace(transformer=model) for model in parts.denoisers.values())
+    vars(first).update(others)
+    store.save(second, settings.name, second_of(path), told, dtype)
+    store.save(first, settings.name, path, told, dtype)
     return path
+
+
+def second_of(path: Path) -> Path:
+    """Where the adapter of a pipeline's second denoiser is, beside that of the first."""
+    return path.with_name(f"{path.stem}-2{path.suffix}")
 
 
 def metadata(pipe: Any, settings: Settings, examples: Sequence[Example]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,19 @@ def draw_prior(pipe: Any, settings: Settings, folder: Path) -> int:
 def _picture(pipe: Any, prompt: str, seed: int, settings: Settings, path: Path) -> None:
     scheduler = pipe.scheduler
     pipe.scheduler = copy.deepcopy(scheduler)
+    options: dict[str, Any] = {"output_type": "pil"}
+    if "num_frames" in inspect.signature(type(pipe).__call__).parameters:
+        options["num_frames"] = 1
     try:
-        image = pipe(
+        output = pipe(
             prompt,
             num_inference_steps=settings.validation_steps,
             generator=torch.Generator().manual_seed(seed),
             height=settings.resolution,
             width=settings.resolution,
-        ).images[0]
+            **options,
+        )
+        image = output.images[0] if hasattr(output, "images") else output.frames[0][0]
     finally:
         pipe.scheduler = scheduler
     with replacing(path) as file:

@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from cmlora.adapters.training.hooks import Gradients, hooks_of
 from cmlora.adapters.training.inputs import Latents, Texts
 from cmlora.adapters.training.interrupt import deferred
 from cmlora.adapters.training.log import Log
-from cmlora.adapters.training.objective import objective_of
+from cmlora.adapters.training.objective import Flow, objective_of
 from cmlora.adapters.training.optim import make
 from cmlora.adapters.training.parts import Parts
 from cmlora.adapters.training.pictures import Example
@@ -96,7 +96,7 @@ class Trainer:
         self.conditioning = Conditioning(pipe, settings.guidance)
         self.parts = Parts(pipe, settings)
         drawn = any(not isinstance(e.caption, str) for e in self.examples)
-        text = any(part != self.conditioning.part for part in self.parts.models)
+        text = not self.parts.models.keys() <= self.parts.denoisers.keys()
         self.texts = Texts(self.conditioning, text, settings.cache != "none" and not drawn)
         self.latents, self.order = self._pictures(self.examples, settings.seed)
         self.prior = self._pictures(self.prior_examples, settings.seed + 1) if prior else None
@@ -235,6 +235,10 @@ class Trainer:
                 f"train: the loss is {total} at step {step + 1}; lower the rate, or use bf16 "
                 "instead of fp16; the last checkpoint is kept"
             )
+        if world > 1:  # processes whose batches reached other layers wait for each other
+            for parameter in self.trained.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         self.reduced.average(gradients)
         self.scaled.unscale(self.optimizer)
@@ -271,7 +275,10 @@ class Trainer:
             texts.append("" if empty else text)
         random = torch.Generator().manual_seed(int(rng.integers(2**62)))
         clean = latents.get(rows).to(self.device)
-        question = self.objective.ask(clean, random)
+        objective = self.objective
+        if self.settings.timesteps == "shifted" and isinstance(objective, Flow):
+            objective = replace(objective, shift=self.conditioning.shift(size))
+        question = objective.ask(clean, random)
         arguments = self.texts.get(texts, size)
         dtype = self.scaled.input_dtype(self.parts.denoiser)
         found = self.conditioning.predict(question.noisy.to(dtype), question.timesteps, arguments)
@@ -295,13 +302,14 @@ class Trainer:
         return estimate(self.parts.models, self.parts.layers, lambda i: self.loss(i, 0), samples)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        settings, part = self.settings, self.conditioning.part
+        settings, own_parts = self.settings, self.parts.denoisers
         asked = [groups for hook in self.hooks if (groups := hook.param_groups()) is not None]
         groups = asked[0] if asked else []
         if not asked:
             rates = {True: settings.rate, False: settings.text_rate}
             for own in (True, False):
-                found = [p for k, p in self.trained.items() if k.startswith(f"{part}.") == own]
+                mine = {k: k.partition(".")[0] in own_parts for k in self.trained}
+                found = [p for k, p in self.trained.items() if mine[k] == own]
                 rate = rates[own] if rates[own] is not None else settings.rate
                 if found:
                     groups.append({"params": found, "lr": rate})
