@@ -115,11 +115,11 @@ def measured(load: Callable[[], Callable[[], Any]], error: Callable[[Any], float
     warm()
     before = resident()
     work = load()
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     result = work()
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    print(json.dumps({"seconds": seconds, "peak": peak, "error": error(result)}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak, "error": error(result)}))
 
 
 def ours(method: str, paths: Sequence[Path], rank: int) -> None:

@@ -1,12 +1,17 @@
 """Low-rank matrices as pairs of factors in double precision; the product is rarely formed.
 
 A convolution's update is the matrix (O, I * kh * kw). M stands for the columns of that matrix.
+
+Norms and singular vectors come from the R x R Gram matrices of the factors, which cost one matrix
+product. Squaring halves the digits, so that whatever is too close to cancellation or too badly
+conditioned for them is found again by QR.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,8 +19,18 @@ from torch import Tensor
 RESOLUTION = 1e-6
 """Singular values below this share of the largest are rounding of single-precision files."""
 
+_SQUARED = 1e-8
+"""Differences of squares below this share of what was subtracted have lost half their digits."""
 
-class Pair(NamedTuple):
+_SPREAD = 1e-7
+"""Squared singular values below this share of the largest have vectors that are not orthogonal."""
+
+_ORTHONORMAL = 1e-9
+"""How far products of singular vectors may be from the identity."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
     """The matrix ``up @ down``.
 
     Args:
@@ -31,13 +46,38 @@ class Pair(NamedTuple):
         """R."""
         return self.up.shape[1]
 
+    @cached_property
+    def grams(self) -> tuple[Tensor, Tensor]:
+        """up^T up and down down^T, (R, R)."""
+        return self.up.T @ self.up, self.down @ self.down.T
+
     def dense(self) -> Tensor:
         """The matrix (O, M) in single precision."""
         return self.up.float() @ self.down.float()
 
     def norm(self) -> float:
-        """Frobenius norm, from the triangular factors."""
-        return float(torch.linalg.matrix_norm(_core(self)[1])) if self.rank else 0.0
+        """Frobenius norm."""
+        square, bound = self._square()
+        if square > _SQUARED * bound or not bound:
+            return square**0.5
+        return float(torch.linalg.matrix_norm(_core(self)[1]))
+
+    def distance(self, other: Pair) -> float:
+        """Frobenius norm of the difference."""
+        if torch.equal(self.up, other.up) and torch.equal(self.down, other.down):
+            return 0.0
+        (own, bound), (its, its_bound) = self._square(), other._square()
+        square = own - 2 * inner(self, other) + its
+        if square > _SQUARED * (bound**0.5 + its_bound**0.5) ** 2:
+            return square**0.5
+        return float(torch.linalg.matrix_norm(_core(stack([self, other], [1.0, -1.0]))[1]))
+
+    def _square(self) -> tuple[float, float]:
+        """The squared norm, and what it would be if no unit cancelled another."""
+        if not self.rank:
+            return 0.0, 0.0
+        left, right = self.grams
+        return float((left * right).sum()), float(left.norm() * right.norm())
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
@@ -51,11 +91,18 @@ def inner(one: Pair, other: Pair) -> float:
     return float(((one.up.T @ other.up) * (one.down @ other.down.T)).sum())
 
 
-def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition of numerical rank K: U (O, K), values (K,), V^T (K, M)."""
+def svd(pair: Pair, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition: U (O, K), values (K,), V^T (K, M).
+
+    K is the numerical rank, or ``rank`` if that is less.
+    """
+    quick = _svd_of_grams(pair, rank)
+    if quick is not None:
+        return quick
     left, core, right = _core(pair)
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     keep = int((s > RESOLUTION * s.max()).sum()) if len(s) else 0
+    keep = keep if rank is None else min(keep, rank)
     return left @ u[:, :keep], s[:keep], vh[:keep] @ right.T
 
 
@@ -67,8 +114,7 @@ def balanced(u: Tensor, s: Tensor, vh: Tensor) -> Pair:
 
 def truncate(pair: Pair, rank: int | None = None) -> Pair:
     """The nearest matrix of at most this rank; at its numerical rank if none is given."""
-    u, s, vh = svd(pair)
-    return balanced(u[:, :rank], s[:rank], vh[:rank])
+    return balanced(*svd(pair, rank))
 
 
 def canonical(pair: Pair) -> Pair:
@@ -100,6 +146,37 @@ def orthonormal(columns: Tensor) -> Tensor:
     u, _, vh = torch.linalg.svd(columns, full_matrices=False)
     nearest_one: Tensor = u @ vh
     return nearest_one
+
+
+def _svd_of_grams(pair: Pair, rank: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same from Gram matrices, or nothing where they are not accurate enough.
+
+    With up^T up = L L^T the left singular vectors are up L^-T X, X the eigenvectors of
+    L^T (down down^T) L; the right ones are what the matrix makes of those.
+    """
+    keep = pair.rank if rank is None else min(rank, pair.rank)
+    if not 0 < pair.rank <= min(pair.up.shape[0], pair.down.shape[1]):
+        return None
+    left, right = pair.grams
+    # Units of equal length on both sides: what one file has in up, another has in down.
+    ratio = (right.diagonal() / left.diagonal()) ** 0.25
+    if not (ratio.isfinite().all() and ratio.all()):
+        return None
+    both = torch.outer(ratio, ratio)
+    lower, failed = torch.linalg.cholesky_ex(left * both)
+    if failed:
+        return None
+    squares, turn = torch.linalg.eigh(lower.T @ (right / both) @ lower)
+    squares, turn = squares.flip(0)[:keep], turn.flip(1)[:, :keep]
+    if not squares[-1] > _SPREAD * squares[0]:
+        return None
+    basis = torch.linalg.solve_triangular(lower.T, turn, upper=True)
+    u = pair.up @ (ratio[:, None] * basis)
+    if float((u.T @ u - torch.eye(keep).to(u)).abs().max()) > _ORTHONORMAL:
+        return None
+    vh = ((lower @ turn) / ratio[:, None]).T @ pair.down
+    s = vh.norm(dim=1)
+    return u, s, vh / s[:, None]
 
 
 def _core(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:

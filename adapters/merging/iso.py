@@ -60,5 +60,4 @@ def iso_cts(
 def _leading(
     pairs: Sequence[Pair], weights: Sequence[float], rank: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    u, s, vh = decompose(stack(pairs, weights))
-    return u[:, :rank], s[:rank], vh[:rank]
+    return decompose(stack(pairs, weights), rank)

@@ -10,9 +10,9 @@ from cmlora.adapters.merging.factors import Pair, stack, truncate
 from cmlora.errors import CmloraError
 
 
-def linear(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+def linear(pairs: Sequence[Pair], weights: Sequence[float], *, exact: Pair | None = None) -> Pair:
     """The exact weighted sum at its numerical rank (task arithmetic on low-rank updates)."""
-    return truncate(stack(pairs, weights))
+    return truncate(exact or stack(pairs, weights))
 
 
 def factor_linear(

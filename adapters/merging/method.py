@@ -33,7 +33,7 @@ LAWS: Mapping[str, str] = {
 }
 """What a method may promise. L5, L6 and L8 to L11 hold for all; a method without L7 says so."""
 
-_GIVEN = ("rank", "generator", "grams", "control", "seed", "name", "on_step")
+_GIVEN = ("rank", "exact", "generator", "grams", "control", "seed", "name", "on_step")
 
 
 class Outcome(NamedTuple):
@@ -56,8 +56,8 @@ class Method:
         function: takes the pairs of factors and the weights of the LoRAs that change the module,
             and returns a `Pair`, a dense matrix or an `Outcome`; one that learns takes whole LoRAs
             and a loss, and returns a `cmlora.adapters.merging.learn.Fitted`. Keyword arguments
-            called ``rank``, ``generator``, ``grams``, ``control``, ``seed``, ``name`` and
-            ``on_step`` are filled in by the caller, all others are options.
+            called ``rank``, ``exact`` (the weighted sum), ``generator``, ``grams``, ``control``,
+            ``seed``, ``name`` and ``on_step`` are filled in by the caller, all others are options.
         kind: what the weights mean. ``sum``: n copies at weight 1 / n are the original;
             ``average``: n copies at weight 1 are; ``other``: neither.
         promises: the optional laws it keeps. ``identity``: one LoRA at weight 1 comes out

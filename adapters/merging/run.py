@@ -74,7 +74,8 @@ def run(
         if not parts:
             continue
         strengths = [part.weight for part in parts]
-        given: dict[str, Any] = {"rank": rank}
+        exact = stack(pairs, strengths)
+        given: dict[str, Any] = {"rank": rank, "exact": exact}
         given["generator"] = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{module}".encode()))
         if method.takes("grams"):
             given["grams"] = [_gram(title, grams, part, module) for part in parts]
@@ -94,7 +95,6 @@ def run(
         if not pair.rank:
             continue
         scale = math.fsum(abs(w) * size for w, size in zip(strengths, sizes, strict=True))
-        exact = stack(pairs, strengths)
         lost.setdefault(block(module), []).append(_distance(pair, exact, scale))
         updates[module] = _update(pair, parts, dtype, remarks)
     report = Report(
@@ -189,7 +189,7 @@ def _of_rank(found: Pair | Tensor, rank: int | None, ceiling: int) -> Pair:
 def _distance(pair: Pair, exact: Pair, scale: float) -> tuple[float, float]:
     """Distance and norm of the exact sum; a sum that cancels counts as large as its parts."""
     size = exact.norm()
-    return stack([pair, exact], [1.0, -1.0]).norm(), size if size > 1e-9 * scale else scale
+    return pair.distance(exact), size if size > 1e-9 * scale else scale
 
 
 def _relative(rows: Sequence[tuple[float, float]]) -> float:

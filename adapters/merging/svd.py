@@ -16,6 +16,7 @@ def svd(
     weights: Sequence[float],
     *,
     rank: int | None = None,
+    exact: Pair | None = None,
     clamp: float | None = None,
 ) -> Pair:
     """The nearest matrix of a rank to the weighted sum (Eckart-Young).
@@ -24,12 +25,12 @@ def svd(
         pairs: factors.
         weights: of the sum.
         rank: of the result; the largest of the LoRAs' if none is given.
+        exact: the weighted sum, if it is at hand.
         clamp: entries of the singular vectors beyond this quantile of their magnitudes are
             clipped to it, against a few burnt features.
     """
-    u, s, vh = decompose(stack(pairs, weights))
     keep = max(pair.rank for pair in pairs) if rank is None else rank
-    u, s, vh = u[:, :keep], s[:keep], vh[:keep]
+    u, s, vh = decompose(exact or stack(pairs, weights), keep)
     if clamp is not None and len(s):
         share("clamp", clamp)
         # Magnitudes, because the sign of a singular vector is arbitrary.
