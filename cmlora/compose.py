@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -212,7 +213,9 @@ def compose(
         for name, model in models.items():
             stack.callback(forget_children, model)
             if foreign is not None:
-                stack.callback(ForeignCache(model, foreign, lambda: run.timestep).remove)
+                theirs = ForeignCache(model, foreign, lambda: run.timestep)
+                stack.callback(theirs.remove)
+                run.join(begin=partial(_begin, theirs, run), end=lambda: None)
             features = caches[name]
             if features is not None:
                 stack.callback(features.detach)
@@ -225,6 +228,11 @@ def compose(
         prepare()
         attached = stack.pop_all()
     return Composition(run, attached, reason)
+
+
+def _begin(cache: ForeignCache, run: Run) -> None:
+    """Tell a cache how long the run is that begins."""
+    cache.begin(run.expected)
 
 
 def _cacheable(pipe: Any, models: Iterable[nn.Module]) -> bool:

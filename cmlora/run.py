@@ -90,6 +90,7 @@ class Run:
         self._ends: list[Callable[[], None]] = []
         self._full: Counter[str] = Counter()
         self._light: Counter[str] = Counter()
+        self._expected = 0
         self._open(0.0)
 
     @property
@@ -115,6 +116,11 @@ class Run:
         """The scheduler's value at the last call."""
         return self._timestep
 
+    @property
+    def expected(self) -> int:
+        """How many denoising steps the run is going to have."""
+        return self._expected
+
     def join(self, *, begin: Callable[[], None], end: Callable[[], None]) -> None:
         """Take part: be called when a run begins, and when one is over or given up."""
         self._begins.append(begin)
@@ -123,6 +129,7 @@ class Run:
     def tick(self, timestep: Any, context: Any, now: float) -> Tick:
         """Note a call of a denoiser; the first one of a run tells all who take part."""
         tick = self._tracker.tick(timestep, context)
+        self._expected = tick.count
         if tick.fresh:
             self._open(now)
             for begin in self._begins:

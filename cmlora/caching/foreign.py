@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers.hooks
 
+from cmlora.caching import mag
+from cmlora.caching.mag import Mag
 from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
 from cmlora.hooks import forget_children, unlink
@@ -31,10 +33,11 @@ _NAMED = {
     "sea": ("SeaCacheConfig", "threshold", float),
     "broadcast": ("PyramidAttentionBroadcastConfig", "spatial_attention_block_skip_range", int),
     "faster": ("FasterCacheConfig", "spatial_attention_block_skip_range", int),
+    "text_kv": ("TextKVCacheConfig", "", None),
 }
 
-NAMES: tuple[str, ...] = tuple(_NAMED)
-"""diffusers' caches that can be asked for by text; MagCache needs numbers of the model."""
+NAMES: tuple[str, ...] = (*_NAMED, "mag")
+"""diffusers' caches that can be asked for by text, which are all."""
 
 
 def named(text: Any) -> Any:
@@ -42,7 +45,8 @@ def named(text: Any) -> Any:
 
     Args:
         text: ``first_block``, ``first_block:0.1``, ``taylorseer:4``, ``sea:0.25``, ``broadcast:2``
-            or ``faster:2``; without a number diffusers' own default holds.
+            or ``faster:2``, where without a number diffusers' own default holds; ``text_kv``; or
+            ``mag:0.06``, see `cmlora.caching.mag.parse`.
 
     Raises:
         CmloraError: if what follows the name is no such number.
@@ -53,10 +57,16 @@ def named(text: Any) -> Any:
     if not isinstance(text, str):
         return None
     name, colon, value = text.strip().partition(":")
+    if name == "mag":
+        return mag.parse(text)
     if name not in _NAMED:
         return None
     kind, parameter, number = _NAMED[name]
     config = getattr(diffusers.hooks, kind)
+    if number is None:
+        if colon:
+            raise CmloraError(f"cache {text!r}: {name} takes no number")
+        return config()
     try:
         return config(**{parameter: number(value)}) if colon else config()
     except ValueError:
@@ -73,12 +83,15 @@ def canonical(text: str) -> str:
     >>> canonical(" uniform:3"), canonical("first_block:0.1 ")
     ('uniform:3', 'first_block:0.1')
     """
-    return text.strip() if named(text) is not None else parse(text).name
+    found = named(text)
+    if isinstance(found, Mag):
+        return found.text
+    return text.strip() if found is not None else parse(text).name
 
 
 def is_config(value: Any) -> bool:
     """Whether a value is the configuration of one of diffusers' caches."""
-    return is_dataclass(value) and type(value).__name__ in _APPLY
+    return isinstance(value, Mag) or (is_dataclass(value) and type(value).__name__ in _APPLY)
 
 
 class ForeignCache:
@@ -89,7 +102,7 @@ class ForeignCache:
 
     Args:
         model: the denoiser.
-        config: the cache's configuration; it is not changed.
+        config: the cache's configuration, which is not changed; or what a text says of one.
         timestep: tells the present timestep to caches that ask for it.
 
     Raises:
@@ -97,6 +110,8 @@ class ForeignCache:
     """
 
     def __init__(self, model: Any, config: Any, timestep: Callable[[], float]) -> None:
+        self._mag = config if isinstance(config, Mag) else None
+        config = self._config = config.config(model, 1) if isinstance(config, Mag) else config
         name = type(config).__name__
         if getattr(model, "is_cache_enabled", False):
             raise CmloraError(
@@ -119,8 +134,15 @@ class ForeignCache:
                 f"{name} does not go on {type(model).__name__} ({failure}); use another cache"
             ) from failure
         forget_children(model)
-        if not self._added:
+        alone = name == "TextKVCacheConfig" and len(self._added) == 1
+        if alone or not self._added:
+            self.remove()
             raise CmloraError(f"{name} finds nothing to cache in {type(model).__name__}")
+
+    def begin(self, steps: int) -> None:
+        """A run begins: a table by text is stretched to its steps."""
+        if self._mag is not None:
+            vars(self._config).update(vars(self._mag.config(self._model, steps)))
 
     def remove(self) -> None:
         """Take the cache's hooks off; others stay."""

@@ -1,7 +1,9 @@
 """diffusers' own caches under a composition: one state per LoRA, on and off without a trace."""
 
+import json
 from typing import Any
 
+import diffusers.hooks
 import pytest
 import torch
 from diffusers.hooks import (
@@ -14,13 +16,15 @@ from diffusers.hooks import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks.hooks import CacheContext
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
 from cmlora import hooks
 from cmlora.caching.contexts import Contexts
 from cmlora.caching.foreign import NAMES as NAMES_OF_CACHES
-from cmlora.caching.foreign import ForeignCache, is_config, named
+from cmlora.caching.foreign import ForeignCache, canonical, is_config, named
 from cmlora.compose import compose
 from cmlora.errors import CmloraError
+from cmlora.pipelines.magnitudes import measure
 from tests import families
 from tests.composing import state
 from tests.families import NAMES, Family
@@ -221,3 +225,77 @@ def test_caches_by_text() -> None:
             results.append(flux.run())
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_every_cache_of_diffusers_has_a_text() -> None:
+    theirs = {name for name in dir(diffusers.hooks) if name.endswith("CacheConfig")}
+    theirs |= {"PyramidAttentionBroadcastConfig"}
+    configs = [named(name) for name in NAMES_OF_CACHES if name != "mag"]
+    assert theirs == {type(config).__name__ for config in configs} | {"MagCacheConfig"}
+    with pytest.raises(CmloraError, match="text_kv takes no number"):
+        named("text_kv:2")
+    with pytest.raises(CmloraError, match="TextKVCacheConfig finds nothing to cache in Flux"):
+        compose(families.family("flux").pipe, NAMES, cache="text_kv")
+
+
+def test_mag_by_text_is_the_configuration_for_any_number_of_steps() -> None:
+    flux = families.family("flux")
+    before = state(flux.pipe)
+    for steps in (6, 4):
+        table = FLUX_MAG_RATIOS.tolist()
+        whole = MagCacheConfig(threshold=10.0, num_inference_steps=steps, mag_ratios=table)
+        results = []
+        for cache in ("mag:10", whole, "none", f"mag:10.0:{','.join(map(str, table))}"):
+            with compose(flux.pipe, NAMES, method="composite", cache=cache):
+                results.append(flux.run(steps=steps))
+                if steps == 6 and cache == "mag:10":  # the same composition, another run
+                    flux.run(steps=4)
+                    assert torch.equal(flux.run(steps=steps), results[0])
+        assert torch.equal(results[0], results[1])
+        assert not torch.equal(results[0], results[2])
+        assert torch.equal(results[0], results[3])
+    assert state(flux.pipe) == before
+
+
+def test_mag_needs_a_table_of_the_model() -> None:
+    qwen = families.family("qwen")
+    before = state(qwen.pipe)
+    with pytest.raises(CmloraError, match=r"no table for QwenImage.*magnitudes\.measure"):
+        compose(qwen.pipe, NAMES, cache="mag")
+    assert state(qwen.pipe) == before
+    assert canonical("mag") == "mag:0.06"
+    assert canonical(" mag:0.1:1.0,1.25") == "mag:0.1:1,1.25"
+    for text in ("mag:often", "mag:0.1:1,x", "mag:0.1:1:2", "mag:-1", "mag:0.1:0,1", "mag:nan"):
+        with pytest.raises(CmloraError, match=r"cache .?mag"):
+            named(text)
+
+
+def test_measured_tables_are_diffusers_own(capsys: pytest.CaptureFixture[str]) -> None:
+    flux = families.flux_distilled()
+    flux.pipe.set_progress_bar_config(disable=True)
+    text = measure(flux.pipe, lambda: flux.run(steps=5), threshold=0.2)
+    assert capsys.readouterr().out == ""
+    found = named(text)
+    flux.pipe.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=5))
+    flux.run(steps=5)
+    printed = capsys.readouterr().out
+    expected = json.loads(printed[printed.index("\n[", 5) :])
+    assert found.threshold == 0.2
+    assert found.ratios == pytest.approx(expected, rel=1e-4)
+
+
+def test_tables_of_two_denoisers_and_two_branches() -> None:
+    wan = families.family("wan")
+    before = state(wan.pipe)
+    text = measure(wan.pipe, lambda: wan.run(steps=6))
+    assert state(wan.pipe) == before
+    ratios = named(text).ratios
+    assert len(ratios) == 6
+    assert ratios[0] == 1.0
+    assert ratios.count(1.0) == 2  # each begins anew
+    with compose(wan.pipe, NAMES, method="composite", cache=f"mag:10:{text.split(':')[2]}"):
+        cached = wan.run(steps=6)
+    with compose(wan.pipe, NAMES, method="composite"):
+        assert not torch.equal(wan.run(steps=6), cached)
+    with pytest.raises(CmloraError, match="did not run the denoiser of this WanPipeline"):
+        measure(wan.pipe, lambda: None)
