@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,20 +50,19 @@ def elect(
         signed_vote: weigh the votes too, so that a negative weight votes for the other sign.
     """
     votes = [m * w for m, w in zip(matrices, weights, strict=True)] if signed_vote else matrices
-    tally = torch.zeros_like(matrices[0])
-    positive = torch.zeros_like(tally, dtype=torch.bool)
-    negative = torch.zeros_like(positive)
-    for vote in votes:
-        tally += vote if sign == "total" else vote.sign()
-        positive |= vote > 0
-        negative |= vote < 0
-    winner = torch.where(tally >= 0, 1.0, -1.0).to(tally)
-    total, count, cast = torch.zeros_like(tally), torch.zeros_like(tally), 0
-    for matrix, vote, weight in zip(matrices, votes, weights, strict=True):
-        agrees = vote.sign() == winner
-        total += torch.where(agrees, weight * matrix, 0.0)
+    tally = add(
+        [vote.sign() for vote in votes] if sign == "frequency" else votes, [1.0] * len(votes)
+    )
+    winner = tally >= 0.0
+    positive, negative = [vote > 0 for vote in votes], [vote < 0 for vote in votes]
+    total, count = torch.zeros_like(matrices[0]), torch.zeros_like(winner, dtype=torch.int16)
+    for plus, minus, matrix, weight in zip(positive, negative, matrices, weights, strict=True):
+        agrees = torch.where(winner, plus, minus)
+        total.addcmul_(matrix, agrees, value=weight)
         count += agrees
-        cast += int(vote.count_nonzero())
-    places = max(int((positive | negative).sum()), 1)
-    contested = int((positive & negative).sum()) / places
-    return Elected(total / count.clamp_min(1), float(count.sum()) / max(cast, 1), contested)
+    cast = sum(int(t.count_nonzero()) for t in (*positive, *negative))
+    above, below = reduce(torch.logical_or, positive), reduce(torch.logical_or, negative)
+    places = max(int((above | below).count_nonzero()), 1)
+    contested = int((above & below).count_nonzero()) / places
+    kept = int(count.sum()) / max(cast, 1)
+    return Elected(total / count.clamp_min(1), kept, contested)

@@ -9,6 +9,7 @@ conditioned for them is found again by QR.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,7 +60,7 @@ class Pair:
         """Frobenius norm."""
         square, bound = self._square()
         if square > _SQUARED * bound or not bound:
-            return square**0.5
+            return math.sqrt(square)
         return float(torch.linalg.matrix_norm(_core(self)[1]))
 
     def distance(self, other: Pair) -> float:
@@ -68,8 +69,8 @@ class Pair:
             return 0.0
         (own, bound), (its, its_bound) = self._square(), other._square()
         square = own - 2 * inner(self, other) + its
-        if square > _SQUARED * (bound**0.5 + its_bound**0.5) ** 2:
-            return square**0.5
+        if square > _SQUARED * (math.sqrt(bound) + math.sqrt(its_bound)) ** 2:
+            return math.sqrt(square)
         return float(torch.linalg.matrix_norm(_core(stack([self, other], [1.0, -1.0]))[1]))
 
     def _square(self) -> tuple[float, float]:
@@ -96,9 +97,11 @@ def svd(pair: Pair, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
 
     K is the numerical rank, or ``rank`` if that is less.
     """
-    quick = _svd_of_grams(pair, rank)
+    quick = principal(pair.up, *pair.grams, rank) if pair.rank <= pair.down.shape[1] else None
     if quick is not None:
-        return quick
+        vh = quick[1] @ pair.down
+        values = vh.norm(dim=1)
+        return quick[0], values, vh / values[:, None]
     left, core, right = _core(pair)
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     keep = int((s > RESOLUTION * s.max()).sum()) if len(s) else 0
@@ -148,16 +151,27 @@ def orthonormal(columns: Tensor) -> Tensor:
     return nearest_one
 
 
-def _svd_of_grams(pair: Pair, rank: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The same from Gram matrices, or nothing where they are not accurate enough.
+def principal(
+    up: Tensor, left: Tensor, right: Tensor, rank: int | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """The leading left singular vectors of up Z, for any Z with Z Z^T = right, from Gram matrices.
 
-    With up^T up = L L^T the left singular vectors are up L^-T X, X the eigenvectors of
-    L^T (down down^T) L; the right ones are what the matrix makes of those.
+    With up^T up = L L^T they are up L^-T X, X the eigenvectors of L^T right L.
+
+    Args:
+        up: (O, R).
+        left: up^T up.
+        right: (R, R).
+        rank: how many; all R if not given.
+
+    Returns:
+        The vectors u (O, K) and u^T up (K, R), or nothing if the matrices are too badly
+        conditioned for squares.
     """
-    keep = pair.rank if rank is None else min(rank, pair.rank)
-    if not 0 < pair.rank <= min(pair.up.shape[0], pair.down.shape[1]):
+    count = up.shape[1]
+    keep = count if rank is None else min(rank, count)
+    if not 0 < count <= up.shape[0]:
         return None
-    left, right = pair.grams
     # Units of equal length on both sides: what one file has in up, another has in down.
     ratio = (right.diagonal() / left.diagonal()) ** 0.25
     if not (ratio.isfinite().all() and ratio.all()):
@@ -171,12 +185,10 @@ def _svd_of_grams(pair: Pair, rank: int | None) -> tuple[Tensor, Tensor, Tensor]
     if not squares[-1] > _SPREAD * squares[0]:
         return None
     basis = torch.linalg.solve_triangular(lower.T, turn, upper=True)
-    u = pair.up @ (ratio[:, None] * basis)
+    u = up @ (ratio[:, None] * basis)
     if float((u.T @ u - torch.eye(keep).to(u)).abs().max()) > _ORTHONORMAL:
         return None
-    vh = ((lower @ turn) / ratio[:, None]).T @ pair.down
-    s = vh.norm(dim=1)
-    return u, s, vh / s[:, None]
+    return u, (lower @ turn).T / ratio
 
 
 def _core(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from cmlora.adapters.merging.agree import Sign
-from cmlora.adapters.merging.factors import RESOLUTION, Pair
+from cmlora.adapters.merging.factors import RESOLUTION, Pair, principal
 from cmlora.adapters.merging.method import Outcome, share
 from cmlora.adapters.merging.sparse import combine
 from cmlora.adapters.merging.sparsify import largest, random
@@ -49,8 +49,15 @@ def knots_dare(
 
 def aligned(pairs: Sequence[Pair]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """U (O, K) with orthonormal columns and the coordinates (K, M) of every LoRA in it."""
-    left, core = torch.linalg.qr(torch.cat([pair.up for pair in pairs], 1))
-    cores = core.split([pair.rank for pair in pairs], 1)
+    beside = torch.cat([pair.up for pair in pairs], 1)
+    sizes = [pair.rank for pair in pairs]
+    within = torch.block_diag(*(pair.grams[1] for pair in pairs))  # type: ignore[no-untyped-call]
+    quick = principal(beside, beside.T @ beside, within)
+    if quick is not None:
+        basis, cores = quick[0], torch.split_with_sizes(quick[1], sizes, 1)
+        return basis, [c @ pair.down for c, pair in zip(cores, pairs, strict=True)]
+    left, core = torch.linalg.qr(beside)
+    cores = core.split(sizes, 1)
     # The right factors only turn what stands next to each other: their triangles are enough.
     triangles = [torch.linalg.qr(pair.down.T).R.T for pair in pairs]
     beside = torch.cat([c @ t for c, t in zip(cores, triangles, strict=True)], 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cmlora.adapters.analysis.coding_rate import sinkhorn, spectral
 from cmlora.adapters.merging.factors import Pair, canonical
 
-_RESTARTS, _SWEEPS, _ETA = 10, 100, 0.1
+_RESTARTS, _SWEEPS, _ETA = 20, 100, 0.1
 
 
 def lego(
@@ -59,31 +59,37 @@ def lego(
 
 
 def _cluster(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means from inner products (U, U) alone: membership (U, count), no cluster empty."""
-    units, best, least = len(gram), torch.eye(len(gram)).to(gram), float("inf")
-    if count == units:
-        return best
-    for _ in range(_RESTARTS):
-        labels = _distances(gram, _spread(gram, count, generator)).argmin(1)
-        for _ in range(_SWEEPS):
-            members = torch.nn.functional.one_hot(labels, count).to(gram)
-            far = _distances(gram, members / members.sum(0).clamp_min(1))
-            far[:, members.sum(0) == 0] = torch.inf
-            nearest, now = far.min(1)
-            lonely = nearest.clone()
-            for empty in set(range(count)) - set(now.tolist()):
-                # Only units that leave somebody behind may start a new cluster.
-                crowded = torch.bincount(now, minlength=count)[now] > 1
-                unit = int(torch.where(crowded, lonely, -torch.inf).argmax())
-                now[unit], lonely[unit] = empty, -1.0
-            if torch.equal(now, labels):
-                break
-            labels = now
+    """k-means from inner products (U, U) alone: membership (U, count), no cluster empty.
+
+    All restarts are carried out side by side, as one tensor (restarts, U, count).
+    """
+    if count == len(gram):
+        return torch.eye(count).to(gram)
+    labels = _distances(gram, _spread(gram, count, generator)).argmin(2)
+    for _ in range(_SWEEPS):
         members = torch.nn.functional.one_hot(labels, count).to(gram)
-        spread = float(_distances(gram, members / members.sum(0)).gather(1, labels[:, None]).sum())
-        if spread < least:
-            best, least = members, spread
-    return best
+        sizes = members.sum(1, keepdim=True)
+        far = _distances(gram, members / sizes.clamp_min(1)).masked_fill(sizes == 0, torch.inf)
+        lonely, now = far.min(2)
+        filled = torch.nn.functional.one_hot(now, count).any(1).all(1)
+        for restart in (~filled).nonzero()[:, 0].tolist():
+            _fill(now[restart], lonely[restart], count)
+        if torch.equal(now, labels):
+            break
+        labels = now
+    members = torch.nn.functional.one_hot(labels, count).to(gram)
+    far = _distances(gram, members / members.sum(1, keepdim=True))
+    return members[int(far.gather(2, labels[..., None]).sum((1, 2)).argmin())]
+
+
+def _fill(labels: Tensor, far: Tensor, count: int) -> None:
+    """Give every empty cluster the unit farthest from its centre, in place."""
+    far = far.clone()
+    for empty in set(range(count)) - set(labels.tolist()):
+        # Only units that leave somebody behind may start a new cluster.
+        crowded = torch.bincount(labels, minlength=count)[labels] > 1
+        unit = int(torch.where(crowded, far, -torch.inf).argmax())
+        labels[unit], far[unit] = empty, -1.0
 
 
 def _alike(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -100,19 +106,21 @@ def _alike(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _spread(gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """First centres (U, count): units far from each other, by chance (k-means++)."""
-    chosen = [int(torch.randint(len(gram), (), generator=generator))]
-    single = torch.eye(len(gram)).to(gram)
+    """First centres (restarts, U, count): units far from each other, by chance (k-means++)."""
+    units, sizes = len(gram), gram.diagonal()
+    chosen = torch.randint(units, (_RESTARTS, 1), generator=generator)
+    far = torch.full((_RESTARTS, units), torch.inf).to(gram)
     for _ in range(count - 1):
-        chances = _distances(gram, single[:, chosen]).min(1).values.clamp_min(0)
-        chances[chosen] = 0
-        if not chances.any():
-            chances = 1 - single[chosen].sum(0)
-        chosen.append(int(torch.multinomial(chances, 1, generator=generator)))
-    return single[:, chosen]
+        last = chosen[:, -1]
+        far = far.minimum(sizes + sizes[last][:, None] - 2 * gram[last]).clamp_min(0)
+        far.scatter_(1, chosen, 0.0)
+        left = torch.ones_like(far).scatter_(1, chosen, 0.0)
+        chances = torch.where(far.any(1, keepdim=True), far, left)
+        chosen = torch.cat([chosen, torch.multinomial(chances, 1, generator=generator)], 1)
+    return torch.nn.functional.one_hot(chosen, units).to(gram).transpose(1, 2)
 
 
 def _distances(gram: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances (U, count) of units to centres given as mixtures of units."""
+    """Squared distances ([restarts,] U, count) of units to centres given as mixtures of units."""
     mixed = gram @ centres
-    return gram.diagonal()[:, None] - 2 * mixed + (centres * mixed).sum(0)
+    return gram.diagonal()[:, None] - 2 * mixed + (centres * mixed).sum(-2, keepdim=True)
