@@ -12,7 +12,7 @@ FIND_PYTHON := for p in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/cmlora compare --model emoji --loras $(DEMO) --seeds 0-3 --out demo
+	$(BIN)/cmlora compare --model emoji --loras $(DEMO) --seeds 0-3 --execution fused --out demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto

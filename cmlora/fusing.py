@@ -54,15 +54,16 @@ class FusedWeight:
         if not scales:
             return self._original
         wide = torch.promote_types(self._original.dtype, torch.float32)
-        total = self._original.to(wide, copy=True)
-        for name, scale in scales.items():
-            down = self._layer.lora_A[name].weight.data.to(wide)
-            up = self._layer.lora_B[name].weight.data.to(wide)
-            product = up.flatten(1) @ down.flatten(1)
-            total.add_(product.view(total.shape), alpha=scale)
-        strides = self._original.stride()
-        fused = total.to(self._original.dtype)
-        return fused if fused.stride() == strides else torch.empty_like(self._original).copy_(fused)
+        total = self._original.to(wide).flatten(1)
+        for position, (name, scale) in enumerate(scales.items()):
+            down = self._layer.lora_A[name].weight.data.to(wide).flatten(1)
+            up = self._layer.lora_B[name].weight.data.to(wide).flatten(1)
+            target = None if position == 0 else total  # never into the original
+            total = torch.addmm(total, up, down, alpha=scale, out=target)
+        fused = total.to(self._original.dtype).view(self._original.shape)
+        if fused.stride() == self._original.stride():
+            return fused
+        return torch.empty_like(self._original).copy_(fused)
 
     def put(self, weight: torch.Tensor) -> None:
         """Let the layer compute with this.

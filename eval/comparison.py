@@ -227,6 +227,7 @@ class Comparison:
                 guidance_scale=self.base.guidance_scale,
                 width=self.base.width,
                 height=self.base.height,
+                execution=self.base.execution,
             )
         return options
 

@@ -49,6 +49,7 @@ class Studio:
         device: where to compute; the CPU if not given.
         dtype: of the weights; float32 if not given.
         room: how many LoRAs stay loaded; the one that was not used for longest goes.
+        execution: how the passes of a step run, see `cmlora.compose.compose`.
 
     Raises:
         CmloraError: if the model or a LoRA is missing, broken, or another than the testbed's.
@@ -63,9 +64,11 @@ class Studio:
         device: str | None = None,
         dtype: str | None = None,
         room: int = ROOM,
+        execution: str = "sequential",
     ) -> None:
         self.manifest = manifest if model is None else replace(manifest, model=str(model))
         self.room = room
+        self.execution = execution
         files = {c.id: weights_of(c, self.manifest, folder) for c in manifest.loras}
         for concept in manifest.loras:
             check_weights(concept, files[concept.id])
@@ -103,6 +106,7 @@ class Studio:
             steps=manifest.steps,
             guidance_scale=manifest.guidance_scale,
             size=(manifest.width or 0, manifest.height or 0) if native else None,
+            execution=self.execution,
         )
         with self._only(()):
             return write_recipe(self.pipe, wish)
@@ -125,6 +129,7 @@ class Studio:
             guidance_scale=recipe.guidance_scale,
             size=(recipe.width, recipe.height),
             seed=recipe.seed,
+            execution=recipe.execution,
         )
         with self._only(ids):
             return replace(write_recipe(self.pipe, wish), index=recipe.index)

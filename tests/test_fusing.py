@@ -34,16 +34,19 @@ def memory(pipe: Any) -> list[int]:
     return [parameter.data_ptr() for parameter in pipe.unet.parameters()]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_pictures_are_those_of_loras_beside_their_layers(loaded: Any, method: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "method"), [*(("sd15", method) for method in METHODS), ("sdxl", "composite")]
+)
+def test_pictures_are_those_of_loras_beside_their_layers(family: str, method: str) -> None:
+    loaded = pipeline(family)
     strengths = {name: 0.5 + 0.3 * i for i, name in enumerate(NAMES)}
     pictures = []
     for execution in ("sequential", "fused"):
         how = {"method": method, "execution": execution, **METHODS[method]}
         with compose(loaded, strengths, **how):
-            pictures.append(tiny.run(loaded, steps=5))
+            pictures.append(tiny.run(loaded, steps=3))
     torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-4, atol=1e-4)
-    assert not torch.equal(pictures[1], tiny.run(loaded, steps=5))
+    assert not torch.equal(pictures[1], tiny.run(loaded, steps=3))
 
 
 def test_transformers_are_fused_too() -> None:
@@ -73,12 +76,13 @@ def test_the_very_same_memory_comes_back(loaded: Any, failing: bool) -> None:
     assert torch.equal(tiny.run(loaded), before)
 
 
-def test_strengths_of_the_moment_and_patterns_are_kept(loaded: Any) -> None:
+def test_strengths_of_the_moment_and_patterns_are_kept() -> None:
+    loaded = pipeline("sd15")
     schedule = f"<lora:{NAMES[0]}:unet=1@0,0@1:blocks=attn1> <lora:{NAMES[1]}:0@0,1@1>"
     pictures = []
     for execution in ("sequential", "fused"):
         with compose(loaded, NAMES, method="merge", execution=execution, schedule=schedule):
-            pictures.append(tiny.run(loaded, steps=6))
+            pictures.append(tiny.run(loaded, steps=4))
     torch.testing.assert_close(pictures[1], pictures[0], rtol=1e-4, atol=1e-4)
 
 

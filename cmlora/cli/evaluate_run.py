@@ -36,6 +36,7 @@ def run(
     lora_dir: options.LoRAFolder = None,
     steps: Annotated[int | None, typer.Option(help="Replaces the testbed's steps.")] = None,
     option: options.Settings = None,
+    execution: options.Execution = "sequential",
     limit: Annotated[int | None, typer.Option(help="Only the first so many jobs.")] = None,
     attempts: Annotated[int, typer.Option(help="How often a failing job is tried.")] = 2,
     keep: Annotated[int, typer.Option(help="How many LoRAs stay loaded.")] = 32,
@@ -83,7 +84,13 @@ def run(
     study = Study(destination)
     with status("loading"):
         studio = Studio(
-            manifest, folder=lora_dir, model=model or None, device=place, dtype=dtype, room=keep
+            manifest,
+            folder=lora_dir,
+            model=model or None,
+            device=place,
+            dtype=dtype,
+            room=keep,
+            execution=execution,
         )
         columns = arguments.seeds(seeds) if seeds else manifest.seeds
         jobs = jobs_of(studio, chosen, variants, columns, given)[:limit]
