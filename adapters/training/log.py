@@ -42,7 +42,7 @@ class Log:
         self._file.flush()
         if self._writer is not None:
             for column in COLUMNS[2:5]:
-                self._writer.add_scalar(column, row[column], row["step"])
+                self._writer.add_scalar(column, float(row[column]), row["step"])
 
     def plot(self) -> None:
         """Writes ``loss.svg``."""
@@ -118,4 +118,4 @@ def _writer(folder: Path, start: int) -> Any:
         raise CmloraError(
             "train: tensorboard is not installed; pip install tensorboard, or use the CSV log"
         ) from None
-    return SummaryWriter(str(folder), purge_step=start)
+    return SummaryWriter(str(folder), purge_step=start + 1)
