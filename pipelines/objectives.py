@@ -49,7 +49,7 @@ def distill(
     Raises:
         CmloraError: if a LoRA has no prompt, does not fit the model, or changes no answer.
     """
-    component, denoiser = _denoiser(pipe)
+    component, denoiser = denoiser_of(pipe)
     questions: list[Question] = []
     for lora in loras:
         texts = (prompts or {}).get(lora.name) or lora.triggers[:1]
@@ -90,7 +90,7 @@ def denoise_mse(
     Raises:
         CmloraError: if there is no picture, or the model's scheduler has no noise to add.
     """
-    component, denoiser = _denoiser(pipe)
+    component, denoiser = denoiser_of(pipe)
     if not pictures:
         raise CmloraError("a denoising loss needs a picture")
     scheduler = pipe.pipe.scheduler
@@ -174,7 +174,7 @@ def clip_score(pipe: CMLoRAPipeline, prompt: str, **arguments: Any) -> Scored:
         raise CmloraError("clip_score needs the embedded model's CLIP; use distill or denoise_mse")
     from cmlora.emoji.clip import score
 
-    return Scored(pipe, _denoiser(pipe)[0], prompt, score, arguments=arguments)
+    return Scored(pipe, denoiser_of(pipe)[0], prompt, score, arguments=arguments)
 
 
 @torch.no_grad()
@@ -255,7 +255,8 @@ def scaled(lora: LoRA, weight: float) -> LoRA:
     return replace(lora, updates=updates)
 
 
-def _denoiser(pipe: CMLoRAPipeline) -> tuple[str, nn.Module]:
+def denoiser_of(pipe: CMLoRAPipeline) -> tuple[str, nn.Module]:
+    """The name of a pipeline's denoiser, and the denoiser with its weights frozen."""
     models = parts(pipe.pipe)
     for name in DENOISERS:
         if name in models:

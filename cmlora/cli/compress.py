@@ -9,6 +9,7 @@ from rich.table import Table
 from cmlora.cli import options
 from cmlora.cli.console import emit, out, status
 from cmlora.cli.denoiser import Training, denoiser
+from cmlora.cli.pictures import draw_compression, drawable
 from cmlora.errors import CmloraError
 
 
@@ -52,6 +53,10 @@ def compress(
     cut: Annotated[
         float, typer.Option(help="Share of the factors' rank that is left in the end.")
     ] = 1.0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw what is kept and lost, by block, into this .png or .svg."),
+    ] = None,
     lora_dir: options.LoRAFolder = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: options.AsJson = False,
@@ -69,6 +74,7 @@ def compress(
         raise CmloraError(f"{out_file} exists; --force replaces it")
     if not out_file.absolute().parent.is_dir():
         raise CmloraError(f"cannot write {out_file}: there is no such folder")
+    drawable(plot, force)
     if model.is_file():
         if half:
             raise CmloraError("--half is for LoRA files")
@@ -89,6 +95,7 @@ def compress(
                 "folder"
             )
         result = _lora(what, lora_dir, out_file, method or "energy", keep, half)
+    draw_compression(plot, f"{what} to {out_file.name}", result)
     if as_json:
         emit(result)
         return

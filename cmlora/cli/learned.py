@@ -8,11 +8,12 @@ from typing import Any
 from rich.table import Column, Table
 
 from cmlora.cli.console import emit, out, progress, quiet_libraries, status
+from cmlora.cli.pictures import draw_merge
 from cmlora.errors import CmloraError
 
 LEARNERS = ("lorahub", "atlas", "concrete", "ziplora_trained")
 """The names in `cmlora.pipelines.learning.LEARNED`, known without loading it."""
-OBJECTIVES = ("distill", "denoise_mse", "clip_score")
+OBJECTIVES = ("distill", "denoise_mse", "clip_score", "clip_entropy")
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -48,6 +49,7 @@ def learned(
     rank: int | None,
     seed: int,
     settings: Mapping[str, Any],
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Learn a merge, write it, and say what it is worth."""
@@ -57,6 +59,7 @@ def learned(
     from cmlora.adapters.merging.method import read_options as checked
     from cmlora.adapters.objective import Objective
     from cmlora.files import read, sha256, write
+    from cmlora.pipelines.certainty import clip_entropy
     from cmlora.pipelines.learning import LEARNED, learn
     from cmlora.pipelines.native import native_guidance
     from cmlora.pipelines.objectives import clip_score, denoise_mse, distill, scaled
@@ -70,10 +73,13 @@ def learned(
         loras = [replace(read(path), name=own) for own, path in sources.items()]
     objective: Objective
     with status("asking the model"):
-        if task.objective == "distill":
+        if task.objective in ("distill", "clip_entropy"):
+            if task.prompts and task.objective == "clip_entropy":
+                raise CmloraError("clip_entropy tells the LoRAs' own prompts apart: no --prompt")
             ready = [scaled(x, w) for x, w in zip(loras, weights, strict=True)]
             prompts = {own: list(task.prompts) for own in sources} if task.prompts else None
-            objective = distill(
+            asking = clip_entropy if task.objective == "clip_entropy" else distill
+            objective = asking(
                 pipe,
                 ready,
                 prompts=prompts,
@@ -107,6 +113,7 @@ def learned(
     recipe |= {"objective": task.objective, "losses": dict(done.losses)}
     metadata = {**done.lora.metadata, "cmlora.merge": json.dumps(recipe, sort_keys=True)}
     write(replace(done.lora, metadata=metadata), output)
+    draw_merge(plot, f"{method} of {', '.join(sources)}", done.lora, loras)
     if as_json:
         facts = {"file": str(output), "sha256": sha256(output), "method": method}
         emit({**facts, "losses": dict(done.losses), "strengths": _plain(done.fitted.strengths)})

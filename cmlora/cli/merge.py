@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from cmlora.cli import arguments, options
 from cmlora.cli.console import emit, out, progress
 from cmlora.cli.learned import LEARNERS, Task, learned
+from cmlora.cli.pictures import draw_merge, drawable
 from cmlora.cli.whole import is_model, whole
 from cmlora.errors import CmloraError
 
@@ -47,7 +48,10 @@ def merge(
         str, typer.Option(help="For methods that learn: emoji, a folder, a file, or a hub id.")
     ] = "emoji",
     objective: Annotated[
-        str, typer.Option(help="What is learnt: distill, clip_score, denoise_mse with --refs.")
+        str,
+        typer.Option(
+            help="What is learnt: distill, clip_score, clip_entropy, denoise_mse with --refs."
+        ),
     ] = "distill",
     prompt: Annotated[
         list[str] | None, typer.Option(help="To learn at; each LoRA's trigger word if empty.")
@@ -66,6 +70,10 @@ def merge(
     ] = True,
     seed: Annotated[int, typer.Option(help="Of methods that draw random numbers.")] = 0,
     name: Annotated[str, typer.Option(help="Of the result; the output's stem if empty.")] = "",
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw what of each LoRA is in it, by block, into this .png or .svg."),
+    ] = None,
     lora_dir: options.LoRAFolder = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: options.AsJson = False,
@@ -83,7 +91,12 @@ def merge(
     from cmlora.pipelines.library import adapter_name, find
     from cmlora.pipelines.models import EMBEDDED
 
+    drawable(plot, force)
     if any(map(is_model, loras)):
+        if plot is not None:
+            raise CmloraError(
+                "--plot is for LoRAs; compare models with cmlora analyze align --plot"
+            )
         whole(
             loras,
             output,
@@ -121,6 +134,7 @@ def merge(
             rank=rank,
             seed=seed,
             settings=settings,
+            plot=plot,
             as_json=as_json,
         )
         return
@@ -143,6 +157,7 @@ def merge(
     metadata = {**result.lora.metadata, "cmlora.merge": json.dumps(recipe, sort_keys=True)}
     write(replace(result.lora, metadata=metadata), output)
     report = result.report
+    draw_merge(plot, f"{method} of {', '.join(sources)}", result.lora, found, report.errors)
     if as_json:
         emit({"file": str(output), "sha256": sha256(output), "recipe": recipe, **asdict(report)})
         return

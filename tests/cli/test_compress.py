@@ -15,8 +15,10 @@ from tests import tiny
 def test_a_smaller_file(lora_folder: Path, tmp_path: Path) -> None:
     source, small = lora_folder / "cat.safetensors", tmp_path / "small.safetensors"
     arguments = ["compress", str(source), "--method", "fixed", "--keep", "1", "--out", str(small)]
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    plot = tmp_path / "small.svg"
+    result = CliRunner().invoke(app, [*arguments, "--json", "--plot", str(plot)])
     assert result.exit_code == 0, result.output
+    assert "rank kept" in plot.read_text()
     report = json.loads(result.stdout)
     assert report["bytes_after"] == small.stat().st_size < source.stat().st_size
     assert 0 < report["error"] < 1
@@ -37,6 +39,8 @@ def test_a_smaller_file(lora_folder: Path, tmp_path: Path) -> None:
         (["--keep", "1.5"], "up to 1"),
         (["--keep", "nan"], "finite"),
         (["--out", "small.bin"], ".safetensors"),
+        (["--plot", "small.pdf"], ".png or .svg"),
+        (["--plot", "/nowhere/small.svg"], "does not exist"),
         (["--out", "/nowhere/small.safetensors"], "cannot write"),
     ],
 )

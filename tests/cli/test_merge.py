@@ -46,7 +46,10 @@ def complaint(arguments: Sequence[str | Path]) -> str:
 def test_a_merged_file_is_the_sum(lora_folder: Path, tmp_path: Path) -> None:
     files = [lora_folder / "cat.safetensors", lora_folder / "hat.safetensors"]
     out = tmp_path / "both.safetensors"
-    said = run_json("merge", f"{files[0]}:0.8", f"{files[1]}:0.6", "--method", "cat", "-o", out)
+    plot = tmp_path / "both.png"
+    both = [f"{files[0]}:0.8", f"{files[1]}:0.6"]
+    said = run_json("merge", *both, "--method", "cat", "-o", out, "--plot", plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
     merged = read(out)
     exact = stack([(read(files[0]), 0.8), (read(files[1]), 0.6)], "both")
     assert distance(merged, exact) < 1e-6
