@@ -23,8 +23,10 @@ from cmlora.eval.report.summary import (
 )
 from cmlora.eval.report.tables import (
     Table,
+    difference_table,
     long_csv,
     metric_table,
+    overview_table,
     survival_table,
     wins_table,
 )
@@ -41,9 +43,12 @@ def verdict(summary: Summary, focus: str, metric: str = PLOTTED) -> str:
     value = {label: summary.cell(metric, label, None).value for label in summary.labels}
     price = {label: summary.cell("gmacs", label, None).value for label in summary.labels}
     sign = -1 if metric_of(metric).better == "less" else 1
-    ranked = sorted(summary.labels, key=lambda label: -sign * value[label])
-    ahead = ranked[: ranked.index(focus)]
-    place = f"`{focus}` is number {len(ahead) + 1} of {len(ranked)} by {metric_of(metric).title}"
+    better = [k for k in summary.labels if sign * (value[k] - value[focus]) > 1e-9]
+    ahead = sorted(better, key=lambda label: -sign * value[label])
+    place = (
+        f"`{focus}` is number {len(ahead) + 1} of {len(summary.labels)} by "
+        f"{metric_of(metric).title}"
+    )
     parts = [f"{place} ({value[focus]:.3f}, at {price[focus]:.3g} GMACs per picture)"]
     if ahead:
         listed = ", ".join(
@@ -82,12 +87,12 @@ def document(study: Study, summary: Summary, baseline: str, focus: str, plots: l
         *(f"Note: {line}." for line in summary.missing()),
         "## Tables",
     ]
-    tables: list[Table | None] = [
-        metric_table(summary, metric_of(name), baseline)
-        for name in TABLES
-        if name in summary.values
-    ]
-    tables.append(survival_table(summary, "instance"))
+    known = [metric_of(name) for name in TABLES if name in summary.values]
+    quality = [metric for metric in known if metric.name not in ("gmacs", "seconds")]
+    tables: list[Table | None] = [overview_table(summary, quality, baseline)]
+    tables += [metric_table(summary, metric, baseline) for metric in known]
+    tables.append(difference_table(summary, metric_of(PLOTTED), baseline))
+    tables += [survival_table(summary, mark) for mark in ("instance", "class")]
     title = f"Picture against picture, by {metric_of(PLOTTED).title}"
     tables.append(wins_table(title, summary.labels, summary.wins(PLOTTED)))
     parts += [table.markdown() for table in tables if table is not None]

@@ -22,10 +22,13 @@ def report(
         str, typer.Option(help="The method that findings are about; cmlora if it is there.")
     ] = "",
     metrics: Annotated[str, typer.Option(help="Only these, separated by commas.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Only these; tests are corrected for them alone.")
+    ] = "",
     gallery: Annotated[int, typer.Option(help="Sets per N whose pictures are shown.")] = 4,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write tables, plots and pictures of a run: Markdown, CSV and one HTML file.
+    """Write tables, plots and pictures of a run: Markdown, LaTeX, CSV and one HTML file.
 
     Example: [bold]cmlora evaluate report run --baseline switch[/bold]
     """
@@ -40,6 +43,7 @@ def report(
             baseline=canonical(baseline) if baseline else None,
             focus=canonical(focus) if focus else None,
             metrics=arguments.listed(metrics),
+            labels=[canonical(word) for word in arguments.variants(methods)],
             per_size=max(0, gallery),
         )
     if as_json:

@@ -296,7 +296,7 @@ def verdict_tables(verdicts: Verdicts, order: Sequence[str]) -> Iterator[str | T
         rows.append([f"`{label}`", *(interval_text(cell, digits) for cell, digits in cells)])
     head = ["method", "win rate", "mean mark", "Bradley-Terry"]
     yield Table(
-        "Ranking, overall", head, rows, "ties count half; 95 % bootstrap intervals over sets."
+        "Ranking, overall", head, rows, "Ties count half; 95 % bootstrap intervals over sets."
     )
 
 

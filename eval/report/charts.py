@@ -22,8 +22,13 @@ PALETTE = (
 """Colours that people with colour blindness can tell apart, then some more."""
 
 MARKS = ("circle", "square", "triangle", "diamond")
-WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 66, 180, 34, 52
+HEIGHT = 400
+LEFT, END, TOP, BOTTOM = 66, 460, 34, 52
+"""Where plots begin and end; the legend is to the right of them, as wide as its words."""
+
+LETTER = 6.8
+"""About the width of a letter of 12 pixels, on the safe side."""
+
 INK, PALE, GRID = "#222", "#666", "#e4e4e4"
 
 
@@ -52,11 +57,13 @@ class Series:
         name: in the legend.
         points: from left to right.
         joined: whether a line runs through them.
+        behind: further points, small and pale, joined by a thin line.
     """
 
     name: str
     points: Sequence[Point]
     joined: bool = True
+    behind: Sequence[Point] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class _Axis:
     def ticks(self) -> list[float]:
         if self.log:
             return _log_ticks(self.low, self.high)
-        step = _nice((self.high - self.low) / 5)
+        step = _nice((self.high - self.low) / 6)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [round(step * k, 12) for k in range(first, last + 1)]
@@ -90,6 +97,7 @@ def scatter(
     *,
     log_x: bool = False,
     best: str = "",
+    front: Sequence[Point] = (),
 ) -> str:
     """A plot of marks with error bars, and lines through the marks of a series.
 
@@ -100,34 +108,41 @@ def scatter(
         y: name of the vertical axis.
         log_x: whether the horizontal axis is logarithmic.
         best: a word on where the good corner is.
+        front: corners of a broken line behind everything, from left to right.
     """
-    points = [p for s in series for p in s.points if math.isfinite(p.x) and math.isfinite(p.y)]
-    if not points:
+    points = [p for s in series for p in (*s.points, *s.behind) if _drawable(p)]
+    if not any(_drawable(p) for s in series for p in s.points):
         return ""
     logarithmic = log_x and min(p.x for p in points) > 0
-    across = _axis([p.x for p in points], LEFT, WIDTH - RIGHT, log=logarithmic)
+    across = _axis([p.x for p in points], LEFT, END, log=logarithmic)
     heights = [v for p in points for v in (p.y, p.low, p.high) if math.isfinite(v)]
     up = _axis(heights, HEIGHT - BOTTOM, TOP)
-    parts = [_frame(title, x, y, across, up, best)]
+    parts = [_frame(title, x, y, across, up)]
+    if len(front) > 1:
+        parts.append(_path(front, across, up, PALE, 1, 'stroke-dasharray="4 4"'))
     for place, one in enumerate(series):
         colour, mark = PALETTE[place % len(PALETTE)], MARKS[place // len(PALETTE) % len(MARKS)]
-        inside = [p for p in one.points if math.isfinite(p.x) and math.isfinite(p.y)]
+        inside = [p for p in one.points if _drawable(p)]
+        behind = [p for p in one.behind if _drawable(p)]
+        if len(behind) > 1:
+            parts.append(_path(behind, across, up, colour, 1, 'opacity="0.4"'))
+            parts += [_dot(across(p.x), up(p.y), colour) for p in behind]
         if one.joined and len(inside) > 1:
-            path = " ".join(f"{across(p.x):.1f},{up(p.y):.1f}" for p in inside)
-            parts.append(
-                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-            )
+            parts.append(_path(inside, across, up, colour, 1.5))
         for p in inside:
             if math.isfinite(p.low) and math.isfinite(p.high):
-                parts.append(
-                    f'<line x1="{across(p.x):.1f}" x2="{across(p.x):.1f}" y1="{up(p.low):.1f}" '
-                    f'y2="{up(p.high):.1f}" stroke="{colour}" stroke-width="1.2"/>'
-                )
+                parts.append(_line(across(p.x), up(p.low), across(p.x), up(p.high), colour, 1.2))
             parts.append(_mark(mark, across(p.x), up(p.y), colour))
         at = TOP + 10 + 18 * place
-        parts.append(_mark(mark, WIDTH - RIGHT + 18, at, colour))
-        parts.append(_text(WIDTH - RIGHT + 28, at + 4, one.name, INK, 12))
-    return _svg(parts, title, height=max(HEIGHT, TOP + 30 + 18 * len(series)))
+        parts.append(_mark(mark, END + 18, at, colour))
+        parts.append(_text(END + 28, at + 4, one.name, INK, 12))
+    below = TOP + 18 + 18 * len(series)
+    notes = [note for note in (best, "broken: best at its price" if len(front) > 1 else "") if note]
+    for place, note in enumerate(notes):
+        parts.append(_text(END + 14, below + 8 + 15 * place, note, PALE, 11))
+    words = [*(one.name for one in series), *notes]
+    width = END + 40 + LETTER * max(map(len, words), default=0)
+    return _svg(parts, title, width, max(HEIGHT, below + 15 * len(notes) + 8))
 
 
 def forest(title: str, rows: Sequence[tuple[str, Point]], x: str, *, zero: bool = True) -> str:
@@ -144,8 +159,10 @@ def forest(title: str, rows: Sequence[tuple[str, Point]], x: str, *, zero: bool 
         return ""
     spread = [v for _, p in kept for v in (p.x, p.low, p.high) if math.isfinite(v)]
     height = TOP + 24 * len(kept) + BOTTOM
-    across = _axis([*spread, 0.0] if zero else spread, LEFT + 110, WIDTH - 20)
-    parts = [_text(WIDTH / 2, 18, title, INK, 14, anchor="middle")]
+    left = 24 + LETTER * max(len(name) for name, _ in kept)
+    right = left + END - LEFT
+    across = _axis([*spread, 0.0] if zero else spread, left, right)
+    parts = [_text((left + right) / 2, 18, title, INK, 14, anchor="middle")]
     bottom = height - BOTTOM + 6
     for tick in across.ticks():
         parts.append(_line(across(tick), TOP, across(tick), bottom, GRID))
@@ -157,30 +174,32 @@ def forest(title: str, rows: Sequence[tuple[str, Point]], x: str, *, zero: bool 
         if math.isfinite(p.low) and math.isfinite(p.high):
             parts.append(_line(across(p.low), y, across(p.high), y, PALETTE[0], 1.5))
         parts.append(_mark("circle", across(p.x), y, PALETTE[0]))
-        parts.append(_text(LEFT + 98, y + 4, name, INK, 12, anchor="end"))
-    parts.append(_text((LEFT + 110 + WIDTH - 20) / 2, height - 14, x, PALE, 12, anchor="middle"))
-    return _svg(parts, title, height=height)
+        parts.append(_text(left - 12, y + 4, name, INK, 12, anchor="end"))
+    parts.append(_text((left + right) / 2, height - 14, x, PALE, 12, anchor="middle"))
+    return _svg(parts, title, right + 20, height)
 
 
-def _frame(title: str, x: str, y: str, across: _Axis, up: _Axis, best: str) -> str:
-    parts = [_text((LEFT + WIDTH - RIGHT) / 2, 18, title, INK, 14, anchor="middle")]
+def _drawable(point: Point) -> bool:
+    return math.isfinite(point.x) and math.isfinite(point.y)
+
+
+def _frame(title: str, x: str, y: str, across: _Axis, up: _Axis) -> str:
+    parts = [_text((LEFT + END) / 2, 18, title, INK, 14, anchor="middle")]
     for tick in up.ticks():
-        parts.append(_line(LEFT, up(tick), WIDTH - RIGHT, up(tick), GRID))
+        parts.append(_line(LEFT, up(tick), END, up(tick), GRID))
         parts.append(_text(LEFT - 6, up(tick) + 4, _plain(tick), PALE, 11, anchor="end"))
     for tick in across.ticks():
         parts.append(_line(across(tick), TOP, across(tick), HEIGHT - BOTTOM, GRID))
         at = HEIGHT - BOTTOM + 16
         parts.append(_text(across(tick), at, _plain(tick), PALE, 11, anchor="middle"))
     parts.append(_line(LEFT, TOP, LEFT, HEIGHT - BOTTOM, PALE))
-    parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, PALE))
+    parts.append(_line(LEFT, HEIGHT - BOTTOM, END, HEIGHT - BOTTOM, PALE))
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, x, PALE, 12, anchor="middle"))
+    parts.append(_text((LEFT + END) / 2, HEIGHT - 14, x, PALE, 12, anchor="middle"))
     parts.append(
         f'<text x="16" y="{middle:.0f}" fill="{PALE}" font-size="12" text-anchor="middle" '
         f'transform="rotate(-90 16 {middle:.0f})">{escape(y)}</text>'
     )
-    if best:
-        parts.append(_text(LEFT + 6, TOP + 14, best, PALE, 11))
     return "".join(parts)
 
 
@@ -230,6 +249,19 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float 
     )
 
 
+def _path(
+    points: Sequence[Point], across: _Axis, up: _Axis, colour: str, width: float, more: str = ""
+) -> str:
+    path = " ".join(f"{across(p.x):.1f},{up(p.y):.1f}" for p in points)
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" {more}/>'
+    )
+
+
+def _dot(x: float, y: float, colour: str) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}" opacity="0.4"/>'
+
+
 def _text(x: float, y: float, text: str, colour: str, size: int, anchor: str = "start") -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" font-size="{size}" '
@@ -237,10 +269,10 @@ def _text(x: float, y: float, text: str, colour: str, size: int, anchor: str = "
     )
 
 
-def _svg(parts: Sequence[str], title: str, *, height: float = HEIGHT) -> str:
+def _svg(parts: Sequence[str], title: str, width: float, height: float) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
-        f'width="{WIDTH}" height="{height:.0f}" font-family="sans-serif" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'width="{width:.0f}" height="{height:.0f}" font-family="sans-serif" role="img" '
         f'aria-label="{escape(title, quote=True)}">'
         f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>'
     )

@@ -68,9 +68,13 @@ def data_uri(path: Path) -> str:
     """A picture as text that a page can hold; shrunk if it is large."""
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGB")
+            return uri_of(file.convert("RGB"))
     except OSError as error:
         raise CmloraError(f"cannot read the picture {path}: {error}") from None
+
+
+def uri_of(picture: Image.Image) -> str:
+    """The same of a picture that is not in a file."""
     buffer = io.BytesIO()
     if max(picture.size) <= TILE:
         picture.save(buffer, "PNG", optimize=True)

@@ -6,28 +6,36 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from cmlora.eval.report.gallery import Shelf, data_uri, recipe_text, shelf_name
+import numpy as np
+from PIL import Image
+
+from cmlora.eval.manifest import set_id
+from cmlora.eval.report.gallery import Shelf, data_uri, recipe_text, shelf_name, uri_of
+from cmlora.eval.report.summary import Summary
 from cmlora.eval.report.tables import Table
-from cmlora.eval.study import Study
+from cmlora.eval.study import Record, Study
+from cmlora.pipelines.models import EMBEDDED
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto;
   padding: 0 1em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 h3 { font-size: 1em; margin: 1.4em 0 .4em; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
   overflow-x: auto; }
-th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #e4e4e4;
+th, td { padding: .25em .55em; text-align: right; border-bottom: 1px solid #e4e4e4;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #888; }
-code { font-size: .92em; } .note { color: #555; font-size: .9em; }
+code { font-size: .88em; } .note { color: #555; font-size: .9em; }
 .plots { display: flex; flex-wrap: wrap; gap: 1em; } svg { max-width: 100%; height: auto; }
 .shelf { display: flex; flex-wrap: wrap; gap: .6em; }
 figure { margin: 0; width: 160px; } figure img { width: 160px; image-rendering: auto; }
 figure.small img { image-rendering: pixelated; }
-figcaption { font-size: .8em; } pre { font-size: .7em; max-width: 60em; overflow-x: auto; }
+figcaption { font-size: .8em; overflow-wrap: anywhere; line-height: 1.35; }
+.ci { font-size: .82em; color: #666; font-weight: normal; }
+pre { font-size: .7em; max-width: 60em; overflow-x: auto; }
 summary { cursor: pointer; color: #06c; }
 """
 
@@ -36,6 +44,7 @@ def page(
     title: str,
     sections: Sequence[tuple[str, Sequence[str | Table]]],
     study: Study,
+    summary: Summary,
     gallery: Sequence[Shelf],
 ) -> str:
     """The whole page.
@@ -44,6 +53,7 @@ def page(
         title: of the page.
         sections: heading, and its parts: tables, SVG, or paragraphs with Markdown's code marks.
         study: where the pictures are.
+        summary: what is known of them.
         gallery: what to show of them.
 
     Returns:
@@ -62,7 +72,11 @@ def page(
             body.append(f'<div class="plots">{"".join(drawn)}</div>')
     if gallery:
         body.append("<h2>Pictures</h2>")
-        body += [_shelf(study, shelf) for shelf in gallery]
+        manifest = study.manifest
+        for shelf in gallery:
+            body.append(f"<h3>{escape(shelf_name(shelf))}</h3>")
+            body.append(f'<p class="note">{escape(manifest.prompt_of(shelf.ids))}</p>')
+            body.append(_shelf(study, summary, shelf))
     inside = "\n".join(body)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -86,8 +100,8 @@ def table_html(table: Table) -> str:
     )
 
 
-def _shelf(study: Study, shelf: Shelf) -> str:
-    figures = []
+def _shelf(study: Study, summary: Summary, shelf: Shelf) -> str:
+    figures = [_truth(shelf)] if study.manifest.model == EMBEDDED else []
     for record in shelf.records:
         path = study.folder / record.image
         uri = data_uri(path)
@@ -95,16 +109,37 @@ def _shelf(study: Study, shelf: Shelf) -> str:
         cost = "" if record.macs is None else f", {record.macs / 1e9:.3g} GMACs"
         figures.append(
             f'<figure{small}><img src="{uri}" alt="{escape(record.label, quote=True)}">'
-            f"<figcaption>{escape(record.label)}<br>{record.seconds:.2f} s{cost}"
+            f"<figcaption>{escape(record.label)}<br>{_found(summary, record)}"
+            f"{record.seconds:.2f} s{cost}"
             f"<details><summary>recipe</summary><pre>{escape(recipe_text(path))}</pre></details>"
             "</figcaption></figure>"
         )
-    return f'<h3>{escape(shelf_name(shelf))}</h3><div class="shelf">{"".join(figures)}</div>'
+    return f'<div class="shelf">{"".join(figures)}</div>'
+
+
+def _truth(shelf: Shelf) -> str:
+    """A drawing of what the embedded world's picture should show, in any arrangement."""
+    from cmlora.emoji.scenes import render, scene_of
+
+    drawn = Image.fromarray(render(scene_of(shelf.ids), np.random.default_rng(shelf.seed)))
+    return (
+        f'<figure class="small"><img src="{uri_of(drawn)}" alt="what was asked for">'
+        "<figcaption>what was asked for,<br>drawn by the world itself</figcaption></figure>"
+    )
+
+
+def _found(summary: Summary, record: Record) -> str:
+    """How many of the concepts are in a picture, if a probe has looked."""
+    marks = summary.concepts.get("instance", {}).get(record.label, {})
+    place = (set_id(record.ids), record.seed)
+    seen = [marks[id_][place] for id_ in record.ids if place in marks.get(id_, {})]
+    return f"{sum(mark >= 0.5 for mark in seen)} of {len(seen)} found<br>" if seen else ""
 
 
 def _inline(text: str) -> str:
     """Text with Markdown's code and bold marks as HTML."""
     found = escape(text)
+    found = re.sub(r"(?<=\d) (\[[-+\d.]+, [-+\d.]+\])", r' <span class="ci">\1</span>', found)
     found = re.sub(r"`([^`]+)`", r"<code>\1</code>", found)
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from cmlora.eval.report.summary import Summary
 
 
 def quality_against_cost(summary: Summary, metric: Metric, cost: str) -> str:
-    """Mean quality over mean cost, one mark per method and N, joined along N.
+    """Quality over cost: one mark per method, at its means over N, and pale ones for every N.
+
+    A broken line joins the methods that no other beats at the same price or less.
 
     Args:
         summary: the numbers.
@@ -20,23 +23,47 @@ def quality_against_cost(summary: Summary, metric: Metric, cost: str) -> str:
     """
     if cost not in summary.values or metric.name not in summary.values:
         return ""
-    series = []
-    for label in summary.labels:
-        points = []
-        for n in summary.sizes:
-            price, cell = summary.cell(cost, label, n), summary.cell(metric.name, label, n)
-            if price.count and cell.count:
-                points.append(Point(price.value, cell.value, cell.low, cell.high))
-        series.append(Series(label, points))
+    several = len(summary.sizes) > 1
+
+    def point(label: str, n: int | None) -> Point:
+        price, cell = summary.cell(cost, label, n), summary.cell(metric.name, label, n)
+        return Point(price.value, cell.value, cell.low, cell.high)
+
+    series = [
+        Series(
+            label,
+            [point(label, None if several else summary.sizes[0])],
+            behind=[point(label, n) for n in summary.sizes] if several else (),
+        )
+        for label in summary.labels
+    ]
     corner = {"more": "upper left is better", "less": "lower left is better"}
+    said = ", means over N" if several else ""
     return scatter(
-        f"{metric.title} against {metric_of(cost).title}",
+        f"{metric.title} against {metric_of(cost).title}{said}",
         series,
         metric_of(cost).title,
         metric.title,
         log_x=True,
         best=corner.get(metric.better, ""),
+        front=front([one.points[0] for one in series], metric),
     )
+
+
+def front(points: Sequence[Point], metric: Metric) -> list[Point]:
+    """The points that no other one beats at the same price or less, from the cheapest on.
+
+    Args:
+        points: price and quality.
+        metric: the quality; nothing is better than anything if it has no good side.
+    """
+    sign = {"more": 1, "less": -1, "neither": 0}[metric.better]
+    known = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
+    found: list[Point] = []
+    for p in sorted(known, key=lambda p: (p.x, -sign * p.y)):
+        if sign and (not found or sign * p.y > sign * found[-1].y):
+            found.append(p)
+    return found
 
 
 def quality_by_size(summary: Summary, metric: Metric) -> str:

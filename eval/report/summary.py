@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -43,12 +43,14 @@ class Difference:
         better: whether the method is better; ``None`` if no difference is shown, or the metric
             has no good side.
         wilcoxon: p of Wilcoxon's signed-rank test over sets, not corrected.
+        interval: of the value, over sets.
     """
 
     value: float
     p: float
     better: bool | None
     wilcoxon: float
+    interval: Interval
 
 
 @dataclass
@@ -128,23 +130,21 @@ class Summary:
 
     def _differences(self, metric: str, baseline: str, n: int | None) -> dict[str, Difference]:
         sizes = self.sizes if n is None else (n,)
-        raw: dict[str, tuple[float, float, float]] = {}
+        raw: dict[str, tuple[float, float, Interval]] = {}
         for label in self.labels:
-            weighted: list[float] = []
-            means = []
-            for size in sizes:
-                found = self._paired(metric, label, baseline, size)
-                if found:
-                    means.append(sum(found) / len(found))
-                    weighted += [value / len(found) for value in found]
-            if label != baseline and means:
+            paired = [self._paired(metric, label, baseline, size) for size in sizes]
+            strata = [found for found in paired if found]
+            if label != baseline and strata:
                 # equal weight per N: the statistic is the sum of what is flipped
-                d = np.array(weighted)
-                raw[label] = (sum(means) / len(means), sign_flip(d), wilcoxon(d))
-        corrected = holm({label: p for label, (_, p, _) in raw.items()})
+                d = np.array([value / len(found) for found in strata for value in found])
+                interval = mean_interval(strata[0]) if n else stratified_interval(strata)
+                raw[label] = (sign_flip(d), wilcoxon(d), interval)
+        corrected = holm({label: p for label, (p, _, _) in raw.items()})
         return {
-            label: Difference(value, p, _better(metric, value, p), ranks)
-            for label, (value, _, ranks) in raw.items()
+            label: Difference(
+                interval.value, p, _better(metric, interval.value, p), ranks, interval
+            )
+            for label, (_, ranks, interval) in raw.items()
             for p in [corrected[label]]
         }
 
@@ -186,6 +186,15 @@ class Summary:
             if len(set(counts.values())) > 1:
                 few = ", ".join(f"{label} {count}" for label, count in counts.items())
                 said.append(f"the methods do not have equally many pictures for N = {n} ({few})")
+        others = len(self.labels) - 1
+        sets = {n: len({r.ids for r in self.records if r.n == n}) for n in self.sizes}
+        # 2^(1 - sets) is the least p there is, and Holm multiplies it
+        few = [str(n) for n, count in sets.items() if others * 2.0 ** (1 - count) >= ALPHA]
+        if others and few:
+            said.append(
+                f"for N = {', '.join(few)} there are too few sets to show any difference "
+                f"between {len(self.labels)} methods"
+            )
         return said
 
     def _sets(self, metric: str, label: str, n: int) -> list[float]:
@@ -205,16 +214,26 @@ class Summary:
         return [sum(values) / len(values) for _, values in sorted(by_set.items())]
 
 
-def summarise(study: Study) -> Summary:
+def summarise(study: Study, labels: Sequence[str] = ()) -> Summary:
     """Arrange a run's scores; costs come from the records themselves.
 
+    Args:
+        study: the run.
+        labels: methods to look at, and to correct for; all if empty.
+
     Raises:
-        CmloraError: if the run has no finished job.
+        CmloraError: if the run has no finished job, or none of a method.
     """
     manifest = study.manifest
     records = tuple(study.records().values())
     if not records:
         raise CmloraError(f"{study.folder} has no finished job yet")
+    if labels:
+        known = sorted({record.label for record in records})
+        for label in labels:
+            if label not in known:
+                raise CmloraError(f"no pictures of {label!r}; there are {', '.join(known)}")
+        records = tuple(record for record in records if record.label in labels)
     by_key = {record.key: record for record in records}
     found = Summary(records=records)
     found.categories = {lora.id: lora.category for lora in manifest.loras}

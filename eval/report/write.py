@@ -1,4 +1,4 @@
-"""A run's report: report.md, .csv and .html, the plots, and a form for people's scores."""
+"""A run's report: Markdown, LaTeX, CSV and HTML, the plots, and a form for people's scores."""
 
 from __future__ import annotations
 
@@ -22,11 +22,22 @@ from cmlora.eval.report.summary import (
     focus_of,
     summarise,
 )
-from cmlora.eval.report.tables import Table, long_csv, metric_table, survival_table, wins_table
+from cmlora.eval.report.tables import (
+    Table,
+    difference_table,
+    long_csv,
+    metric_table,
+    overview_table,
+    survival_table,
+    wins_table,
+)
 from cmlora.eval.study import Study
 
 Section = tuple[str, list[str | Table]]
 MARKS = ("instance", "class", "clip")
+OVERVIEW = 4
+"""So many metrics, the first ones, are columns of the overview."""
+
 _MAIN = ("instances", "clip_concepts", "clip_score")
 
 
@@ -37,6 +48,7 @@ def write_report(
     baseline: str | None = None,
     focus: str | None = None,
     metrics: Sequence[str] = (),
+    labels: Sequence[str] = (),
     per_size: int = 4,
 ) -> list[Path]:
     """Write a run's report.
@@ -47,6 +59,7 @@ def write_report(
         baseline: the method that tables compare with; merge if it is there.
         focus: the method that the findings are about; cmlora if it is there.
         metrics: what to show; everything that was scored if empty.
+        labels: methods to look at, and to correct for; all if empty.
         per_size: sets per N in the gallery.
 
     Returns:
@@ -56,7 +69,7 @@ def write_report(
         CmloraError: if there is nothing to report, a method or metric is not there, or a file
             cannot be written.
     """
-    summary = summarise(study)
+    summary = summarise(study, labels)
     against, about = baseline_of(summary, baseline), focus_of(summary, focus)
     chosen = _chosen(summary, metrics)
     sections = report_sections(study, summary, against, about, chosen)
@@ -70,9 +83,10 @@ def write_report(
     drawn = {name: svg for name, svg in _plots(study, summary, chosen).items() if svg}
     files = {
         "report.md": markdown(title, sections, drawn),
+        "report.tex": latex(sections),
         "report.csv": long_csv(summary, against),
         "scores.json": json.dumps(score_file(study, summary), indent=1, ensure_ascii=False),
-        "report.html": page(title, _with_plots(sections, drawn), study, shown),
+        "report.html": page(title, _with_plots(sections, drawn), study, summary, shown),
         **{f"{name}.svg": svg for name, svg in drawn.items()},
     }
     for name, text in files.items():
@@ -94,20 +108,24 @@ def report_sections(
         metrics: what to show.
     """
     found: list[Section] = [("What was compared", [*_setting(study, summary)])]
-    said = findings(summary, focus)
-    if said:
-        found.append(("What it shows", [*said]))
     quality = [m for m in metrics if m.better != "neither" and not _is_cost(m)]
     rest = [m for m in metrics if m not in quality]
+    said: list[str | Table] = [*findings(summary, focus)]
     if quality:
-        found.append(("Quality", [metric_table(summary, m, baseline) for m in quality]))
+        said.append(overview_table(summary, quality[:OVERVIEW], baseline))
+    if said:
+        found.append(("What it shows", said))
+    main = _main(summary, metrics)
+    if quality:
+        tables = [metric_table(summary, m, baseline) for m in quality]
+        apart = None if main is None else difference_table(summary, main, baseline)
+        found.append(("Quality", [*tables, *([apart] if apart else [])]))
     survived = [t for mark in MARKS if (t := survival_table(summary, mark)) is not None]
     if survived:
         found.append(("Which concepts come through", [*survived]))
     verdicts = judged(study)
     if verdicts:
         found.append(("Judge", _judged(summary, verdicts)))
-    main = _main(summary, metrics)
     if main is not None:
         table = wins_table(
             f"Win matrix by {main.title}", summary.labels, summary.wins(main.name), "Same noise."
@@ -176,6 +194,16 @@ def markdown(title: str, sections: Sequence[Section], drawn: dict[str, str]) -> 
     return "\n\n".join(parts) + "\n"
 
 
+def latex(sections: Sequence[Section]) -> str:
+    """The tables of a report for LaTeX.
+
+    Args:
+        sections: see `report_sections`.
+    """
+    tables = [part.latex() for _, inside in sections for part in inside if isinstance(part, Table)]
+    return "\n\n".join([r"% \usepackage{booktabs,amssymb}", *tables]) + "\n"
+
+
 def _plots(study: Study, summary: Summary, metrics: Sequence[Metric]) -> dict[str, str]:
     """SVG by file stem; empty where there is nothing to draw."""
     found = {}
@@ -202,13 +230,19 @@ def _setting(study: Study, summary: Summary) -> list[str]:
     """Testbed, model, settings and versions in a few sentences."""
     manifest, settings = study.manifest, study.settings()
     seeds = sorted({record.seed for record in summary.records})
+    sets = [len({r.ids for r in summary.records if r.n == n}) for n in summary.sizes]
+    counted = ", ".join(
+        f"{count} set{'s' if count > 1 else ''} of {n}"
+        for n, count in zip(summary.sizes, sets, strict=True)
+    )
     size = f"{manifest.width}x{manifest.height}" if manifest.width else "the model's size"
     said = [
         f"Testbed `{manifest.name}`, model `{Path(manifest.model).name}` "
         f"({settings['model_hash'][:12]}), {manifest.steps} steps, guidance "
         f"{manifest.guidance_scale:g}, {size}, {settings['dtype']}, "
-        f"seeds {', '.join(map(str, seeds))}; {len(summary.records)} pictures. All methods of a "
-        "set and seed start from the same noise."
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; "
+        f"{counted} LoRAs; {len(summary.labels)} methods, {len(summary.records)} "
+        "pictures. All methods of a set and seed start from the same noise."
     ]
     if settings["options"]:
         options = ", ".join(f"`{k}={v}`" for k, v in settings["options"].items())

@@ -102,7 +102,8 @@ def make_study(
                         "full": full,
                         "light": passes - full,
                         "macs": full * 10**9 + (passes - full) * 10**8,
-                        "options": {},
+                        "options": dict(variant.options),
+                        "variant": variant.label,
                     }
                 )
                 value = quality(variant.method, n, rng)

@@ -19,9 +19,19 @@ from cmlora.eval.metrics import metric_of
 from cmlora.eval.paper import beside, published
 from cmlora.eval.report.charts import Point, Series, forest, scatter
 from cmlora.eval.report.gallery import contact_sheet, shelves
+from cmlora.eval.report.plots import front
 from cmlora.eval.report.summary import findings, focus_of, summarise
-from cmlora.eval.report.tables import metric_table, survival_table, wins_table
+from cmlora.eval.report.tables import (
+    Table,
+    difference_table,
+    interval_text,
+    metric_table,
+    overview_table,
+    survival_table,
+    wins_table,
+)
 from cmlora.eval.report.write import write_report
+from cmlora.eval.statistics import sign_flip
 from cmlora.eval.study import Study
 from tests.eval.made import WORDS, make_study
 
@@ -123,6 +133,104 @@ def test_tables_mark_the_best_and_the_significant(study: Study) -> None:
         assert sum(map(int, cell.split("-"))) == 100
 
 
+def test_the_overview_has_quality_and_price(study: Study) -> None:
+    summary = summarise(study)
+    table = overview_table(summary, [metric_of("instances"), metric_of("clip_score")], "merge")
+    head = ["method", "concepts found", "CLIPScore", "GMACs", "of `merge`", "seconds"]
+    assert table.head == head
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["`merge`"][2:4] == ["30.0", "1.00"]
+    # 30 N passes for N = 2 to 5 against 30
+    assert rows["`composite`"][2:4] == ["105.0", "3.50"]
+    assert rows["`composite`"][0].startswith("**0.9")
+    assert rows["`composite`"][0].endswith(" ▲")
+    cell = summary.cell("instances", "switch", None)
+    assert rows["`switch`"][0] == interval_text(cell, 3)
+
+
+def test_differences_have_intervals_of_their_own(study: Study) -> None:
+    """scipy's bootstrap of the paired differences; narrower than the two means' intervals."""
+    summary = summarise(study)
+    ours, theirs = values(study, "composite", 4), values(study, "merge", 4)
+    d = np.array([np.mean(ours[s]) - np.mean(theirs[s]) for s in sorted(ours)])
+    found = summary.differences("instances", "merge", 4)["composite"]
+    known = stats.bootstrap((d,), np.mean, method="BCa", n_resamples=9999, rng=1)
+    width = found.interval.high - found.interval.low
+    assert abs(found.interval.low - known.confidence_interval.low) < 0.06 * width
+    assert abs(found.interval.high - known.confidence_interval.high) < 0.06 * width
+    table = difference_table(summary, metric_of("instances"), "merge")
+    assert table is not None
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert "`merge`" not in rows
+    text = rows["`composite`"][2]
+    low, high = found.interval.low, found.interval.high
+    assert text == f"{d.mean():+.3f} [{low:+.3f}, {high:+.3f}], p < 0.001"
+    mean = summary.differences("instances", "merge", None)["composite"]
+    assert mean.value == pytest.approx(
+        np.mean(
+            [summary.differences("instances", "merge", n)["composite"].value for n in (2, 3, 4, 5)]
+        )
+    )
+    assert mean.interval.low < mean.value < mean.interval.high
+
+
+def test_too_few_sets_are_said(tmp_path: Path) -> None:
+    few = summarise(make_study(tmp_path / "few", sets=8, sizes=(2, 3), seeds=(0,)))
+    assert few.missing() == []
+    fewer = summarise(make_study(tmp_path / "fewer", sets=7, sizes=(2, 3), seeds=(0,)))
+    assert 4 * sign_flip([1.0] * 8) < 0.05 < 4 * sign_flip([1.0] * 7)
+    assert fewer.missing() == [
+        "for N = 2, 3 there are too few sets to show any difference between 5 methods"
+    ]
+
+
+def test_variants_keep_their_names_and_matrices_their_width(tmp_path: Path) -> None:
+    """Options of a variant stay legible: whole in tables and legends, a number over columns."""
+    words = ("merge", "cmlora[order=low_first,decay=0.8]@uniform:2", "cmlora[late=0.5]@uniform:2")
+    run = make_study(tmp_path / "run", words=words, sizes=(2, 3), sets=8)
+    files = write_report(run, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert all(f"`{word}`" in text for word in words)
+    assert "|  | 1 | 2 | 3 |" in text
+    assert f"| 2 `{words[2]}` |" in text or f"| 2 `{words[1]}` |" in text
+    for path in files:
+        if path.suffix == ".svg":
+            svg = ElementTree.fromstring(path.read_text())
+            for label in (e for e in svg.iter() if e.tag.endswith("text") and e.text in words):
+                assert float(label.get("x", "")) + 6 * len(label.text or "") < float(
+                    svg.get("width", "")
+                )
+    found = (tmp_path / "report" / "report.tex").read_text()
+    assert r"\texttt{cmlora[order=low\_first,decay=0.8]@uniform:2}" in found
+    assert summarise(run).cell("instances", words[1], 2).count == 8
+
+
+def test_some_methods_alone_are_corrected_for_themselves(study: Study, tmp_path: Path) -> None:
+    whole, some = summarise(study), summarise(study, ["merge", "switch", "naive"])
+    assert some.labels == ("naive", "merge", "switch")
+    for metric in ("instances", "seconds"):
+        for label in ("naive", "switch"):
+            assert some.cell(metric, label, 3) == whole.cell(metric, label, 3)
+    alone = [summary.differences("instances", "merge", 2)["switch"].p for summary in (some, whole)]
+    assert alone[0] <= alone[1]
+    write_report(study, tmp_path, labels=["merge", "switch"], per_size=1)
+    text = (tmp_path / "report.md").read_text()
+    assert "`composite`" not in text
+    assert "2 methods, 320 pictures" in text
+    with pytest.raises(CmloraError, match="no pictures of 'select'; there are cmlora@nonuniform"):
+        summarise(study, ["merge", "select"])
+
+
+def test_latex_has_no_bare_marks() -> None:
+    rows = [["`a_b`", "**0.5 [0.4, 0.6]** ▲", "-0.1 & 5 %"]]
+    text = Table("x_1", ["method", "N = 2", "c"], rows, "p < 0.05").latex()
+    cells = (r"\texttt{a\_b}", r"\textbf{0.5 {\scriptsize [0.4, 0.6]}} $\blacktriangle$")
+    row = " & ".join((*cells, r"$-$0.1 \& 5 \%")) + r" \\"
+    assert row in text
+    assert r"\caption{X\_1. p $<$ 0.05}" in text
+    assert r"\begin{tabular}{lrr}" in text
+
+
 class Page(HTMLParser):
     """What a page refers to, and whether its tags are closed."""
 
@@ -153,16 +261,20 @@ def test_the_files_stand_alone(study: Study, tmp_path: Path) -> None:
     page = Page()
     page.feed(html)
     assert page.open == []
-    assert page.images == 4 * 2 * len(WORDS)
+    assert page.images == 4 * 2 * (len(WORDS) + 1)  # and a drawing of what was asked for
     assert all(target.startswith("data:image/") for target in page.targets)
     assert "<script" not in html
-    assert html.count("<details>") == page.images
+    assert html.count("<details>") == 4 * 2 * len(WORDS)
+    assert html.count("found<br>") == 4 * 2 * len(WORDS)
+    assert study.manifest.prompt_of(study.manifest.sample(2, 20)[0]) in html
     for path in files:
         if path.suffix == ".svg":
             ElementTree.fromstring(path.read_text())
     text = (tmp_path / "report" / "report.md").read_text()
     for name in re.findall(r"\]\((\S+)\)", text):
         assert (tmp_path / "report" / name).is_file()
+    tex = (tmp_path / "report" / "report.tex").read_text()
+    assert tex.count(r"\begin{tabular}") == text.count("|---|")
     for heading in ("What was compared", "What it shows", "Quality", "Cost and sanity", "Plots"):
         assert f"## {heading}" in text
         assert heading in html
@@ -234,9 +346,25 @@ def test_charts_put_points_where_they_belong() -> None:
         even = abs((xs[1] - xs[0]) - (xs[2] - xs[1])) < 0.2
         assert even == log
     assert scatter("t", [Series("a", [])], "x", "y") == ""
+    behind = Series("a", [Point(1, 1)], behind=[Point(1, 1), Point(2, 9)])
+    assert "stroke-dasharray" in scatter("t", [behind], "x", "y", front=[Point(1, 1), Point(2, 2)])
     one = scatter("t", [Series("a", [Point(3, 3)])], "x", "y", log_x=True)
     assert ElementTree.fromstring(one) is not None
     assert ElementTree.fromstring(forest("t", [("a", Point(1, 0, 0.5, 1.5))], "x")) is not None
+
+
+def test_the_front_is_what_nothing_beats_at_its_price() -> None:
+    rng = np.random.default_rng(2)
+    points = [Point(float(x), float(y)) for x, y in rng.random((40, 2))]
+    for name, sign in (("instances", 1), ("fidelity", -1)):
+        found = front(points, metric_of(name))
+        beaten = [
+            any(q.x <= p.x and sign * q.y >= sign * p.y and q is not p for q in points)
+            for p in points
+        ]
+        expected = [p for p, lost in zip(points, beaten, strict=True) if not lost]
+        assert found == sorted(expected, key=lambda p: p.x)
+    assert front(points, metric_of("sharpness")) == []
 
 
 def test_published_tables_beside_a_run(tmp_path: Path) -> None:
@@ -251,7 +379,7 @@ def test_published_tables_beside_a_run(tmp_path: Path) -> None:
     cell = summarise(run).cell("clip_score", "merge", 2)
     merge = next(row for row in rows if row[0] == "`merge`")
     assert merge[1] == "measured, composlora-anime"
-    assert merge[2].startswith(f"{cell.value:.2f} [")
+    assert merge[2] == interval_text(cell, 2)
     assert "published are means with composlora-reality" in shown.note
     other = make_study(tmp_path / "emoji", sets=2, sizes=(2, 3))
     shown = beside(other, only=["clip_score"])[0]
