@@ -1,17 +1,14 @@
 """Pictures from orders and from recipes: what the Generate page does, without the page."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cmlora.engine import Report
 from cmlora.errors import CmloraError
-from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
-from cmlora.pipelines.coefficients import Previews, coefficients
-from cmlora.pipelines.render import Wish, render, write_recipe
-from cmlora.plan import Strategy
 from cmlora.recipe import Recipe, from_png, save_png
 from cmlora.ui.jobs import Clock, Event, Progress, Result, Ticket, stream
 from cmlora.ui.jobs import Report as Tell
@@ -19,6 +16,12 @@ from cmlora.ui.order import Order, check, check_strengths, with_tags
 from cmlora.ui.previews import Previewer, data_uri
 from cmlora.ui.settings import Limits
 from cmlora.ui.studio import Studio, without_path
+
+if TYPE_CHECKING:
+    from cmlora.engine import Report
+    from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
+    from cmlora.pipelines.render import Wish
+    from cmlora.plan import Strategy
 
 _PREVIEW_EVERY = 0.2  # seconds; more often than that nobody sees it
 
@@ -165,6 +168,8 @@ def recipe_of(pipe: CMLoRAPipeline, order: Order, ticket: Ticket, tell: Tell, ou
     Raises:
         CmloraError: if there is no prompt and no trigger word either, or the model refuses.
     """
+    from cmlora.pipelines.render import write_recipe
+
     words = [w for lora in pipe.loras.values() for w in lora.applied.triggers[:1]]
     wish = order.wish(", ".join(words))
     if not wish.prompt.strip():
@@ -201,6 +206,8 @@ def paint(
         folder: where the PNG goes; the output folder if not given.
         strategy: see `cmlora.pipelines.render.render`.
     """
+    from cmlora.pipelines.render import render
+
     place = studio.settings.out if folder is None else folder
     place.mkdir(parents=True, exist_ok=True)
     previewer = Previewer(pipe.pipe)
@@ -248,6 +255,9 @@ def _opening(studio: Studio, model: str) -> str:
 
 def _searched(pipe: CMLoRAPipeline, wish: Wish, ticket: Ticket, tell: Tell, out: Path) -> Wish:
     """The wish with coefficients looked for by rendering previews."""
+    from cmlora.pipelines.coefficients import Previews, coefficients
+    from cmlora.pipelines.render import write_recipe
+
     base = write_recipe(pipe, wish)
     clock = Clock(Previews().budget)
 
@@ -266,5 +276,6 @@ def _searched(pipe: CMLoRAPipeline, wish: Wish, ticket: Ticket, tell: Tell, out:
             guidance_scale=base.guidance_scale,
             width=base.width,
             height=base.height,
+            execution=base.execution,
         )
     return replace(wish, options={**(wish.options or {}), "coefficients": found})

@@ -34,6 +34,7 @@ def lines(
     height: int = 180,
     colours: Mapping[str, int] | None = None,
     top: float | None = None,
+    ends: tuple[str, str] = ("start of the run", "end"),
 ) -> str:
     """Curves over the run, from its beginning at the left to its end.
 
@@ -44,6 +45,7 @@ def lines(
         height: in the units of the drawing, which is 720 wide.
         colours: index of each name's colour; in order if not given.
         top: upper end of the axis; the largest value if not given.
+        ends: what is at the left and at the right.
     """
     most = top or max((v for values in series.values() for v in values), default=0.0) or 1.0
     bottom, upper = height - 24, 10
@@ -71,8 +73,9 @@ def lines(
             f'<polyline points="{points}" fill="none" stroke="{shade}" stroke-width="2.5" '
             f'stroke-linejoin="round"><title>{escape(name)}</title></polyline>'
         )
-    parts.append(f'<text x="{_LEFT}" y="{height - 6}">start of the run</text>')
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{height - 6}" text-anchor="end">end</text>')
+    first, last = map(escape, ends)
+    parts.append(f'<text x="{_LEFT}" y="{height - 6}">{first}</text>')
+    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{height - 6}" text-anchor="end">{last}</text>')
     return _svg("".join(parts), height, title)
 
 

@@ -1,5 +1,6 @@
 """The command behind `cmlora ui` and `python -m cmlora.ui`."""
 
+import os
 import signal
 import threading
 import webbrowser
@@ -45,6 +46,8 @@ def ui(
 
     Example: [bold]cmlora ui --loras ~/loras --model ~/models/sd15[/bold]
     """
+    # before torch is loaded: the browser shares the processors, waiting threads must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from cmlora.ui.launch import absolute, serving
     from cmlora.ui.settings import Settings, read_auth
 

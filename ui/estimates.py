@@ -1,13 +1,14 @@
 """What an order will cost, while it is being written."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmlora.caching.policy import parse
-from cmlora.cost import PassCost, pass_macs, plan_cost, shapes
 from cmlora.errors import CmloraError
 from cmlora.pipelines.models import EMBEDDED
 from cmlora.ui.natives import Natives, natives
@@ -16,6 +17,9 @@ from cmlora.ui.panels import duration, macs
 from cmlora.ui.studio import Studio
 from cmlora.ui.talk import sentence
 from cmlora.ui.understanding import default_policy, plans
+
+if TYPE_CHECKING:
+    from cmlora.cost import PassCost
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _CACHED: dict[tuple[Any, ...], PassCost] = {}
@@ -48,6 +52,8 @@ def estimate(studio: Studio, order: Order) -> Estimate:
     Raises:
         CmloraError: if the order cannot be fulfilled.
     """
+    from cmlora.cost import plan_cost
+
     found = plans(studio, order)
     fit = natives(studio, order.model)
     reuses = parse(default_policy(order)).reuse
@@ -116,6 +122,8 @@ def _cells(values: Mapping[str, tuple[str, str]]) -> str:
 
 def _pass_cost(fit: Natives, order: Order) -> PassCost | None:
     """Both kinds of pass at the order's size, counted once."""
+    from cmlora.cost import pass_macs, shapes
+
     if fit.unet is None or fit.size is None:
         return None
     width, height = order.width or fit.size[0], order.height or fit.size[1]

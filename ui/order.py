@@ -1,18 +1,22 @@
 """What a visitor asks for, checked before anything is loaded."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmlora import checks
 from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
-from cmlora.pipelines.render import Wish
 from cmlora.schedules.parse import parse_schedule
 from cmlora.strategies import METHODS, check_options
 from cmlora.ui.prompts import tags
 from cmlora.ui.settings import Limits
+
+if TYPE_CHECKING:
+    from cmlora.pipelines.render import Wish
 
 SAMPLERS: Mapping[str, str] = {
     "model's own": "",
@@ -76,6 +80,8 @@ class Order:
         Args:
             triggers: the prompt where there is none.
         """
+        from cmlora.pipelines.render import Wish
+
         size = None
         if self.width is not None and self.height is not None:
             size = (self.width, self.height)

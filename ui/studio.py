@@ -1,4 +1,10 @@
-"""The models and LoRAs of a server, and the one pipeline that is loaded at a time."""
+"""The models and LoRAs of a server, and the one pipeline that is loaded at a time.
+
+This and whatever the page is built from leaves diffusers alone until a model is loaded: the page
+stands while the libraries are still on their way.
+"""
+
+from __future__ import annotations
 
 import re
 import threading
@@ -7,22 +13,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmlora.container import sha256
-from cmlora.cost import PassCost
 from cmlora.errors import CmloraError
 from cmlora.frequency.card import Profile, StaleCard, card_path, read_card
 from cmlora.frequency.profile import base_id
 from cmlora.pipelines import library
-from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.models import EMBEDDED
-from cmlora.pipelines.render import assemble, pass_cost
-from cmlora.recipe import Recipe
 from cmlora.ui.jobs import Tickets
 from cmlora.ui.order import SAMPLERS
 from cmlora.ui.settings import Settings, embedded_available
 from cmlora.ui.shelf import Shelf, is_model, is_safetensors, unknown
+
+if TYPE_CHECKING:
+    from cmlora.cost import PassCost
+    from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
+    from cmlora.recipe import Recipe
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LEVELS = 10_000  # noise levels that a recipe's scheduler may have
@@ -198,6 +205,8 @@ class Studio:
 
     def pass_cost(self, pipe: CMLoRAPipeline, recipe: Recipe) -> PassCost | None:
         """Cost of a pass, counted once per model and size; ``None`` if it cannot be counted."""
+        from cmlora.pipelines.render import pass_cost
+
         size = (recipe.width, recipe.height, recipe.guidance_scale > 1, recipe.cut)
         key = (recipe.model_hash, *size)
         if key not in self._costs:
@@ -217,6 +226,8 @@ class Studio:
         """The pipeline of a model, loaded if it is not the present one."""
         if self._pipe is not None and self._name == name:
             return self._pipe
+        from cmlora.pipelines.render import assemble
+
         place = self.model_place(name)
         self._pipe, self._name, self._held = None, "", {}  # the old one's memory first
         settings = self.settings

@@ -107,7 +107,7 @@ class Page:
     def picture(self) -> str:
         """The finished picture on the stage, as a ``data:`` address."""
         source: str = self.wait(
-            lambda: self.one("#stage .stage.done img").get_attribute("src"), seconds=90
+            lambda: self.one("#stage .stage.done img").get_attribute("src"), seconds=240
         )
         return source
 

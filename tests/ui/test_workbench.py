@@ -10,8 +10,8 @@ from cmlora.errors import CmloraError
 from cmlora.files import describe, read
 from cmlora.ui.cards import card, cards, first_triggers
 from cmlora.ui.studio import Studio
-from cmlora.ui.tab_zoo import merge_note
 from cmlora.ui.workbench import compress, convert, inspect, merge, missing
+from cmlora.ui.zoo_merge import note_html
 from tests.ui.working import made
 
 
@@ -27,15 +27,14 @@ def test_a_merge_is_the_weighted_sum_and_can_be_used_at_once(studio: Studio) -> 
     assert picture.recipe.loras[0].file == "both_of_them.safetensors"
 
 
-def test_methods_say_what_they_need() -> None:
+def test_methods_say_what_they_need(studio: Studio) -> None:
     for name, entry in MERGES.items():
-        if entry.object.needs_grams:
-            assert "calibration" in missing(name, 2)
-        else:
-            assert missing(name, 1) == "select two or more LoRAs"
-            assert missing(name, 2) == ""
-            assert bool(missing(name, 3)) == ("many" not in entry.object.promises)
-        assert missing(name, 1)[:3].lower() in merge_note(name, 1).lower()
+        needs = entry.object.needs_grams
+        assert missing(name, 1) == "select two or more LoRAs"
+        assert ("calibration" in missing(name, 2)) == needs
+        assert missing(name, 2, "measured") == ""
+        assert bool(missing(name, 3, "measured")) == ("many" not in entry.object.promises)
+        assert "Select two or more LoRAs." in note_html(studio, "tiny", name, {"cat": 1.0})
 
 
 def test_a_merge_without_what_it_needs_is_refused(studio: Studio) -> None:
