@@ -5,6 +5,7 @@ after healing. On the embedded model the probe says how much of what the prompts
 pictures; other models have no such judge.
 
     python benchmarks/compression.py                       # writes benchmarks/compression.md
+    python benchmarks/compression.py --quick               # two sizes, in about 20 minutes
     python benchmarks/compression.py --model path --prompts "a cat" --keep 0.7 --heal 2 --out x.md
 """
 
@@ -41,6 +42,8 @@ VARIANTS = (
     ("mxfp4", ""),
 )
 """Method, and how the bytes are spread over the layers."""
+FULL: dict[str, Any] = {"keep": [0.9, 0.8, 0.7, 0.6, 0.5], "heal": 200, "scenes": 64}
+QUICK: dict[str, Any] = {"keep": [0.8, 0.6], "heal": 40, "scenes": 16}
 
 
 def prompts_of(given: Sequence[str], model: str) -> list[str]:
@@ -87,7 +90,7 @@ def row(
     try:
         compress(model, COMPRESSIONS[method].object, keep, moments, rule=rule)
     except CmloraError as mistake:
-        return [{"method": method, "spread": spread, "keep": keep, "healed": 0, "no": str(mistake)}]
+        return [{**about(variant, keep, options), "healed": 0, "no": str(mistake)}]
     found = []
     for steps in (0, options.heal):
         if steps and method != "mxfp4":  # nothing in it can be trained
@@ -97,9 +100,7 @@ def row(
         pipe.unet = model
         found.append(
             {
-                "method": method,
-                "spread": spread,
-                "keep": keep,
+                **about(variant, keep, options),
                 "healed": steps,
                 "share": model_bytes(model) / model_bytes(original),
                 "away": away(model, original, checked),
@@ -110,6 +111,13 @@ def row(
     return found
 
 
+def about(variant: tuple[str, str], keep: float, options: argparse.Namespace) -> dict[str, Any]:
+    """What a row is about; rows with other settings are of other runs."""
+    method, spread = variant
+    settings = {"model": options.model, "heal": options.heal, "scenes": options.scenes}
+    return {"method": method, "spread": spread, "keep": keep, **settings}
+
+
 def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace, base: float | None) -> str:
     """Everything as Markdown."""
     known = "" if base is None else f" The original shows {base:.1%} of what prompts ask for."
@@ -118,7 +126,9 @@ def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace, base: floa
         "",
         f"`python benchmarks/compression.py --model {options.model}`; healing takes {options.heal} "
         "steps. Away is the root mean square distance of the answers at other noise from the "
-        f"original's, relative to them; accuracy is over {options.scenes} scenes.{known}",
+        f"original's, relative to them; accuracy is over {options.scenes} scenes.{known} "
+        f"{len({(r['method'], r['spread'], r['keep']) for r in rows})} of {options.count} "
+        "combinations of method and size have been run.",
         "",
         "| kept | method | spread | bytes | away | accuracy | away, healed | accuracy, healed |",
         "|---:|---|---|---:|---:|---:|---:|---:|",
@@ -146,14 +156,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="compression of a denoiser")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--prompts", nargs="*", default=[])
-    parser.add_argument("--keep", nargs="+", type=float, default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--quick", action="store_true", help="little of it, in about 20 minutes")
+    parser.add_argument("--keep", nargs="+", type=float)
     parser.add_argument("--methods", nargs="+", default=[], help="such as svd or rocket+knapsack")
-    parser.add_argument("--heal", type=int, default=200)
-    parser.add_argument("--scenes", type=int, default=64)
+    parser.add_argument("--heal", type=int)
+    parser.add_argument("--scenes", type=int)
     parser.add_argument("--steps", type=int, default=4, help="denoising steps per prompt")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
+    for name, value in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     wanted = [tuple((word + "+").split("+")[:2]) for word in options.methods] or list(VARIANTS)
+    options.count = len(wanted) * len(options.keep)
     pipe = open_pipeline(options.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     texts = prompts_of(options.prompts, options.model)
@@ -167,13 +182,16 @@ def main() -> None:
     base = accuracy(pipe, options.model, options.scenes)
     for keep in options.keep:
         for method, spread in wanted:
-            if any((r["method"], r["spread"], r["keep"]) == (method, spread, keep) for r in rows):
+            own = about((method, spread), keep, options)
+            if any(own.items() <= r.items() for r in rows):
                 continue
             new = row(pipe, original, asked, checked, options, (method, spread), keep)
             rows += new
-            for own in new:
-                print(json.dumps(own), flush=True)
-            for path, text in ((store, json.dumps(rows)), (options.out, page(rows, options, base))):
+            for found in new:
+                print(json.dumps(found), flush=True)
+            same = [r for r in rows if all(r.get(k) == own[k] for k in ("model", "heal", "scenes"))]
+            shown = page([r for r in same if r["keep"] in options.keep], options, base)
+            for path, text in ((store, json.dumps(rows)), (options.out, shown)):
                 with replacing(path) as file:
                     file.write(text.encode())
     print(f"wrote {options.out}")

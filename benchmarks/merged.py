@@ -4,6 +4,7 @@ Sets of 2 to 5 concepts of the embedded world are merged by every method and dra
 file, with the same seeds as the live compositions. The probe says which concepts are in a picture.
 
     python benchmarks/merged.py                            # writes benchmarks/merged.md
+    python benchmarks/merged.py --quick                    # the same from less, in about 20 minutes
     python benchmarks/merged.py --sizes 2 --sets 1 --seeds 2 --methods svd lego --live merge
 """
 
@@ -41,7 +42,10 @@ LEARNING: Mapping[str, Mapping[str, Any]] = {
     "concrete": {"steps": 100},
     "ziplora_trained": {"steps": 60},
 }
+QUICK: Mapping[str, Any] = {"sizes": [2, 3], "sets": 1, "seeds": 4, "learn": 0.25}
+FULL: Mapping[str, Any] = {"sizes": [2, 3, 4, 5], "sets": 3, "seeds": 8, "learn": 1.0}
 BATCH = 8
+SIZES = (2, 3, 4, 5)
 
 
 def draw(pipe: Any, prompt: str, method: str, seeds: Sequence[int]) -> list[Image.Image]:
@@ -71,14 +75,15 @@ def judged(pictures: Sequence[Image.Image], prompt: str, names: Sequence[str]) -
 
 
 def merged(
-    method: str, loras: Sequence[LoRA], rank: int | None, folder: Path
+    method: str, loras: Sequence[LoRA], rank: int | None, share: float, folder: Path
 ) -> tuple[LoRA, dict[str, Any]]:
     """The merged file's LoRA, and what the method says of itself."""
     started, facts = time.perf_counter(), dict[str, Any]()
     if method in LEARNED:
         pipe = assemble(EMBEDDED, [])
         objective = distill(pipe, loras, guidance_scale=GUIDANCE)
-        done = learn(method, loras, [1.0] * len(loras), objective, rank=rank, **LEARNING[method])
+        length = {key: max(2, round(share * n)) for key, n in LEARNING[method].items()}
+        done = learn(method, loras, [1.0] * len(loras), objective, rank=rank, **length)
         found, facts = done.lora, {"losses": dict(done.losses)}
     else:
         rules: Method = MERGES[method].object
@@ -110,8 +115,8 @@ def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
         "# Merged files as compositions",
         "",
         "Share of the concepts that the probe finds, with 95 % bootstrap intervals over pictures; "
-        f"{options.sets} sets of each size, {options.seeds} seeds, {STEPS} steps, the same "
-        "initial latents for every method. Files in units of the LoRAs they were made of; live "
+        f"{STEPS} steps, the same initial latents for every method. {ran(rows, options)} Files in "
+        "units of the LoRAs they were made of; live "
         "compositions need all of them. Learned methods name the loss they reach, and in brackets "
         "the loss of the same method on random LoRAs.",
         "",
@@ -139,40 +144,72 @@ def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
     return "\n".join([*lines, ""])
 
 
+def ran(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
+    """What the rows are made of, in words; what is missing of what was asked for is said."""
+    each = {size: len({tuple(r["names"]) for r in rows if r["size"] == size}) for size in SIZES}
+    counts = ", ".join(f"{n} of {size}" for size, n in each.items() if n)
+    text = f"Sets of concepts: {counts}; {options.seeds} pictures of each set and method"
+    if options.learn != 1:
+        text += f"; learned methods had {options.learn:.0%} of their usual steps"
+    if len(rows) < len(options.wanted):
+        text += f"; so far {len(rows)} of {len(options.wanted)} merges and compositions"
+    return f"{text}."
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row is about; rows with other settings are of other runs."""
+    return row["method"], tuple(row["names"]), row["seeds"], row["learn"]
+
+
 def main() -> None:
     """Draw and judge everything; what is done is kept if it is interrupted."""
     parser = argparse.ArgumentParser(description="merging methods as composition methods")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[2, 3, 4, 5])
-    parser.add_argument("--sets", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--quick", action="store_true", help="little of it, in about 20 minutes")
+    parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES)
+    parser.add_argument("--sets", type=int, help="of every size")
+    parser.add_argument("--seeds", type=int, help="pictures of every set and method")
+    parser.add_argument("--learn", type=float, help="share of the usual steps of learning")
     parser.add_argument("--rank", type=int, help="of the merged files; each method's own if empty")
     parser.add_argument("--methods", nargs="*", default=[*MERGES, *LEARNED])
     parser.add_argument("--live", nargs="*", default=list(LIVE))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     options = parser.parse_args()
+    for name, value in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     store = options.out.with_suffix(".json")
     rows = json.loads(store.read_text()) if store.exists() else []
     seeds = list(range(options.seeds))
+    chosen: dict[int, list[tuple[str, ...]]] = {}
     for size in options.sizes:
         every = sets(size)
-        chosen = random.Random(size).sample(every, min(options.sets, len(every)))
-        for names in chosen:
+        chosen[size] = random.Random(size).sample(every, min(options.sets, len(every)))
+    methods = [*(f"live {m}" for m in options.live), *options.methods]
+    options.wanted = {
+        (method, tuple(names), options.seeds, options.learn)
+        for size, some in chosen.items()
+        for names in some
+        for method in methods
+        if method != "slerp" or size == 2
+    }
+    for size, some in chosen.items():
+        for names in some:
             paths = [find(name, model=EMBEDDED) for name in names]
             loras = [replace(read(p), name=n) for p, n in zip(paths, names, strict=True)]
             prompt = ", ".join(lora.triggers[0] for lora in loras)
             sources = sum(path.stat().st_size for path in paths)
-            for method in (*[f"live {m}" for m in options.live], *options.methods):
-                if any(r["method"] == method and r["names"] == list(names) for r in rows):
-                    continue
-                if method == "slerp" and size > 2:
-                    continue
+            for method in methods:
                 facts: dict[str, Any] = {"method": method, "names": list(names), "size": size}
+                facts |= {"seeds": options.seeds, "learn": options.learn}
+                about = key(facts)
+                if about not in options.wanted or about in {key(r) for r in rows}:
+                    continue
                 if method.startswith("live "):
                     pipe = assemble(EMBEDDED, [(path, 1.0) for path in paths])
                     pictures = draw(pipe, prompt, method.removeprefix("live "), seeds)
                 else:
                     with tempfile.TemporaryDirectory() as folder:
-                        _, more = merged(method, loras, options.rank, Path(folder))
+                        _, more = merged(method, loras, options.rank, options.learn, Path(folder))
                         place = Path(folder) / "merged.safetensors"
                         pipe = assemble(EMBEDDED, [(place, 1.0)])
                     facts |= {**more, "sources": sources}
@@ -180,7 +217,8 @@ def main() -> None:
                 facts |= judged(pictures, prompt, names)
                 rows.append(facts)
                 print(json.dumps({k: v for k, v in facts.items() if k != "each"}), flush=True)
-                for path, text in ((store, json.dumps(rows)), (options.out, page(rows, options))):
+                shown = page([r for r in rows if key(r) in options.wanted], options)
+                for path, text in ((store, json.dumps(rows)), (options.out, shown)):
                     with replacing(path) as file:
                         file.write(text.encode())
     print(f"wrote {options.out}")

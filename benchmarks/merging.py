@@ -4,11 +4,13 @@ Both merge the same files in the same run, each in a process of its own. The mod
 Stable Diffusion 1.5's size whose own weights are never touched.
 
     python benchmarks/merging.py                           # writes benchmarks/merging.md
+    python benchmarks/merging.py --methods svd             # the quickest part of it
     python benchmarks/merging.py --scale 8 --rank 4        # a small one, to see that it runs
 """
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -186,11 +188,25 @@ def theirs(method: str, paths: Sequence[Path], rank: int, scale: int, full: bool
     measured(load, error)
 
 
+def once(
+    arguments: Sequence[str], files: Sequence[str], limit: float, store: Path | None
+) -> dict[str, float] | None:
+    """A measurement that is kept, so that a run that was stopped goes on where it was."""
+    known = json.loads(store.read_text()) if store and store.exists() else {}
+    about = " ".join([*arguments, str(len(files)), Path(files[0]).parent.name])
+    if about not in known:
+        known[about] = run([*arguments, *files], limit)
+        if store:
+            store.write_text(json.dumps(known, indent=0))
+    found: dict[str, float] | None = known[about]
+    return found
+
+
 def run(arguments: Sequence[str], limit: float) -> dict[str, float] | None:
-    """One measurement in a process of its own; nothing if it takes too long."""
-    command = [sys.executable, __file__, *arguments]
+    """One measurement in a process of its own, on one thread; nothing if it takes too long."""
+    command, one = [sys.executable, __file__, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=one)
     except subprocess.TimeoutExpired:
         return None
     if done.returncode:
@@ -200,10 +216,10 @@ def run(arguments: Sequence[str], limit: float) -> dict[str, float] | None:
 
 
 def cells(found: Mapping[str, float] | None, size: int, limit: float) -> tuple[str, str, str]:
-    """Seconds, peak memory in units of the files, distance from the exact sum."""
+    """Seconds of the processor, peak memory in units of the files, distance from the exact sum."""
     if found is None:
-        return f"> {limit:.0f}", "", ""
-    return f"{found['seconds']:.2f}", f"{found['peak'] / size:.2f}", f"{found['error']:.4f}"
+        return f"not in {limit:.0f} s", "", ""
+    return f"{found['cpu']:.2f}", f"{found['peak'] / size:.2f}", f"{found['error']:.4f}"
 
 
 def table(title: str, paths: Sequence[Path], options: argparse.Namespace) -> list[str]:
@@ -220,21 +236,23 @@ def table(title: str, paths: Sequence[Path], options: argparse.Namespace) -> lis
         "SVD | distance | PEFT |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    common = [*map(str, paths), "--rank", str(options.rank), "--scale", str(options.scale)]
+    files = list(map(str, paths))
+    common = ["--rank", str(options.rank), "--scale", str(options.scale)]
+    store = options.out.with_suffix(".json") if options.out else None
     for method in options.methods:
-        own = run(["--measure", f"ours:{method}", *common], options.limit)
+        own = once(["--measure", f"ours:{method}", *common], files, options.limit, store)
         both: list[dict[str, float] | None] = []
         if method in THEIRS:
             for kind in ("full", "small"):
                 arguments = ["--measure", f"{kind}:{method}", *common]
-                both.append(run(arguments, options.limit))
+                both.append(once(arguments, files, options.limit, store))
         mine = cells(own, size, options.limit)
         full, small = (cells(b, size, options.limit) for b in both) if both else (("", "", ""),) * 2
         faster = ""
         if own and both and both[0]:
-            faster = f"{both[0]['seconds'] / own['seconds']:.1f}"
+            faster = f"{both[0]['cpu'] / own['cpu']:.1f}"
             if both[1]:
-                faster += f" / {both[1]['seconds'] / own['seconds']:.1f}"
+                faster += f" / {both[1]['cpu'] / own['cpu']:.1f}"
         row = [f"`{method}`", mine[0], full[0], small[0], faster, mine[1], full[1], small[1]]
         lines.append("| " + " | ".join([*row, mine[2], full[2]]) + " |")
         print(lines[-1], flush=True)
@@ -253,6 +271,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(OURS), choices=list(OURS))
     parser.add_argument("--out", type=Path, help="merging.md beside this file at scale 1")
     options = parser.parse_args()
+    if options.out is None and options.scale == 1:
+        options.out = Path(__file__).with_suffix(".md")
     if options.measure:
         warnings.simplefilter("ignore")
         side, _, method = options.measure.partition(":")
@@ -265,8 +285,9 @@ def main() -> None:
         "# Merging LoRAs beside PEFT",
         "",
         f"`python benchmarks/merging.py --loras {options.loras} --rank {options.rank} --scale "
-        f"{options.scale}` on {platform.machine()} with {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__.partition('+')[0]}. Every row is one run in processes of their own.",
+        f"{options.scale}` on {platform.machine()}, torch {torch.__version__.partition('+')[0]}. "
+        "Every measurement is a process of its own on one thread, and seconds are those that the "
+        "processor worked for it, which other programs on the machine lengthen least.",
         "",
         "PEFT is `add_weighted_adapter` with its defaults, and with `svd_full_matrices=False`, "
         "which it does not use unless asked. It has no `knots_ties` and no `lego`.",
@@ -274,12 +295,12 @@ def main() -> None:
     ]
     for title, targets in SETS.items():
         print(title, flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            paths = make(Path(folder), targets, options.scale, options.loras, options.rank)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / title.replace(" ", "_")
+            folder.mkdir()
+            paths = make(folder, targets, options.scale, options.loras, options.rank)
             lines += table(title, paths, options)
     target = options.out
-    if target is None and options.scale == 1:
-        target = Path(__file__).with_suffix(".md")
     if target is not None:
         target.write_text("\n".join(lines))
         print(f"wrote {target}")
