@@ -240,7 +240,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
 
     def _one(self, single: Pass, slot: Slot, call: Call, side: halves.Side) -> Any:
         """One pass through the original denoiser."""
-        self._switch.activate(single.weights)
+        self._switch.activate(single.weights, single.gate)
         args, kwargs = call.args, call.kwargs
         if self._prompts is not None:
             args, kwargs = (), self._prompts.arguments(slot.loras, self._named(call))

@@ -95,6 +95,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """How the LoRAs of one pass share out the places of every layer; see `cmlora.gating`.
+
+    Args:
+        strength: factor on what they add together.
+        sharpness: 0 averages them, large values take the one that changes a place most.
+        everywhere: names of LoRAs that are added at every place, as without a gate.
+    """
+
+    strength: float = 1.0
+    sharpness: float = 4.0
+    everywhere: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Pass:
     """One call of the denoiser.
 
@@ -106,12 +121,14 @@ class Pass:
             first pass of the plan that has it. Without guidance there is only the conditional one.
         recall: do not run, but take the output of the plan's first pass and add what this pass
             differed by from it at the step before. Without a kept output it is run.
+        gate: how several LoRAs share the layers; ``None`` adds them up.
     """
 
     weights: Mapping[str, Strength]
     may_reuse: bool = False
     branch: Literal["both", "cond", "uncond"] = "both"
     recall: bool = False
+    gate: Gate | None = None
 
     @property
     def key(self) -> str:

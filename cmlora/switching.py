@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cmlora.errors import CmloraError
 from cmlora.fusing import FusedWeight, check_resident, fusable
-from cmlora.plan import Strength
+from cmlora.gating import Forward, forwards, gateable
+from cmlora.plan import Gate, Strength
 
 _MISSING: Any = object()
 _REMEMBERED = 256
@@ -47,8 +48,15 @@ class _Activation(NamedTuple):
     beside: bool
 
 
-_Activations = tuple[list[_Activation], list[tuple[FusedWeight, Tensor]]]
-"""What all layers get, and the weights that are exchanged."""
+class _Activations(NamedTuple):
+    """What all layers get, the weights that are exchanged, and the forwards that stand in."""
+
+    layers: list[_Activation]
+    exchanged: list[tuple[FusedWeight, Tensor]]
+    forwards: list[tuple[dict[str, Any], Forward]]
+
+
+_Key = tuple[tuple[tuple[str, Strength], ...], Gate | None]
 
 
 class AdapterSwitch:
@@ -91,7 +99,9 @@ class AdapterSwitch:
             )
         known = all(map(_has_known_attributes, self._layers))
         self._direct = known if direct is None else direct
-        self._activations: dict[tuple[tuple[str, Strength], ...], _Activations] = {}
+        self._activations: dict[_Key, _Activations] = {}
+        self._gateable = {i: layer for i, layer in enumerate(self._layers) if gateable(layer)}
+        self._gated: list[dict[str, Any]] = []
         self._fused: dict[int, FusedWeight] = {}
         self._room = _REMEMBERED
         if fused:
@@ -104,24 +114,32 @@ class AdapterSwitch:
         """The adapter layers."""
         return tuple(self._layers)
 
-    def activate(self, weights: Mapping[str, Strength]) -> None:
+    def activate(self, weights: Mapping[str, Strength], gate: Gate | None = None) -> None:
         """Make exactly these LoRAs act, with these strengths; an empty mapping is the base model.
 
         A LoRA of strength 0 is inactive. A LoRA without layers in this module is ignored.
 
+        Args:
+            weights: strength by name.
+            gate: how they share the layers; ``None`` adds them up.
+
         Raises:
             CmloraError: for a strength per block with a pattern that no layer of the LoRA has.
         """
-        key = tuple(weights.items())
+        key = tuple(weights.items()), gate
         prepared = self._activations.pop(key, None)
         if prepared is None:
             while len(self._activations) >= self._room:
                 del self._activations[next(iter(self._activations))]
-            prepared = self._prepare(weights)
+            prepared = self._prepare(weights, gate)
         self._activations[key] = prepared  # the one used last stands last
-        activation, exchanged = prepared
-        for weight, value in exchanged:
+        activation = prepared.layers
+        self._ungate()
+        for weight, value in prepared.exchanged:
             weight.put(value)
+        for own, forward in prepared.forwards:
+            own["forward"] = forward
+            self._gated.append(own)
         if not self._direct:
             for layer, _, names, scaling, scales, beside in activation:
                 layer.enable_adapters(beside)
@@ -157,6 +175,7 @@ class AdapterSwitch:
     def restore(self, snapshot: Snapshot) -> None:
         """Put a snapshot of this module back, exactly; LoRAs deleted since then stay deleted."""
         self._activations.clear()
+        self._ungate()
         for weight in self._fused.values():
             weight.restore()
         if not self._direct:
@@ -183,22 +202,33 @@ class AdapterSwitch:
             for held in _containers(layer):
                 yield from held.parameters()
 
-    def _prepare(self, weights: Mapping[str, Strength]) -> _Activations:
+    def _ungate(self) -> None:
+        """Give gated layers their own forward back."""
+        for own in self._gated:
+            own.pop("forward", None)
+        self._gated.clear()
+
+    def _prepare(self, weights: Mapping[str, Strength], gate: Gate | None) -> _Activations:
         """Work out what activating these weights writes."""
         local = {name: self._resolve(name, weight) for name, weight in weights.items()}
-        activation = []
+        activation: list[_Activation] = []
         exchanged = []
+        names_at: dict[int, list[str]] = {}
         for index, (layer, held) in enumerate(zip(self._layers, self._held, strict=True)):
             here = {name: local[name][index] for name in sorted(local) if name in held}
             names = [name for name, weight in here.items() if weight != 0.0]
             scales = {name: _scale(layer, name, here[name]) for name in names}
             scales = {name: scale for name, scale in scales.items() if scale is not None}
+            names_at[index] = names
             weight = self._fused.get(index)
             if weight is not None:
-                exchanged.append((weight, weight.under(scales)))
-            own = vars(layer), names, _scaling(layer), scales
-            activation.append(_Activation(layer, *own, beside=weight is None))
-        return activation, exchanged
+                exchanged.append((weight, weight.under(scales if gate is None else {})))
+            beside = weight is None or gate is not None
+            activation.append(
+                _Activation(layer, vars(layer), names, _scaling(layer), scales, beside)
+            )
+        shared = [] if gate is None else forwards(self._gateable, names_at, gate)
+        return _Activations(activation, exchanged, [(vars(self._layers[i]), f) for i, f in shared])
 
     def _resolve(self, name: str, strength: Strength) -> list[float]:
         """A LoRA's strength in every layer."""

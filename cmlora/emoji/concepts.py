@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cmlora.adapters.training.pictures import Example
@@ -26,7 +27,7 @@ from cmlora.adapters.training.trainer import Trainer
 from cmlora.emoji.base import to_tensor
 from cmlora.emoji.captions import caption
 from cmlora.emoji.latents import PatchBasis
-from cmlora.emoji.paths import work_folder
+from cmlora.emoji.paths import WEIGHTS, work_folder
 from cmlora.emoji.scenes import Scene, render, sample
 from cmlora.emoji.schedule import scheduler
 from cmlora.emoji.weights import LORAS, Series
@@ -95,7 +96,8 @@ def train(
         concept: its id.
         series: ``biased`` or ``unbiased``.
         destination: folder for ``<concept>.safetensors``.
-        models: folder with ``unet`` and ``text_encoder``; the last trained base by default.
+        models: folder with ``unet`` and ``text_encoder``; by default the last trained base, or the
+            shipped model where none has been trained.
         steps: optimizer steps of 16 pictures.
         rank: of the LoRA.
 
@@ -104,12 +106,16 @@ def train(
     """
     torch.set_flush_denormal(True)
     element, number, folder = BY_CONCEPT[concept], LORAS.index(concept), work_folder()
-    models = models or folder / "base"
+    trained = folder / "base"
+    models = models or (trained if trained.is_dir() else WEIGHTS / "model")
+    tokenizer = models / "tokenizer"
     unet = UNet2DConditionModel.from_pretrained(models / "unet").float()
     pipe = StableDiffusionPipeline(
         vae=None,
         text_encoder=CLIPTextModel.from_pretrained(models / "text_encoder").float(),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=CLIPTokenizer.from_pretrained(
+            tokenizer if tokenizer.is_dir() else folder / "tokenizer"
+        ),
         unet=unet.to(memory_format=torch.channels_last),
         scheduler=scheduler(),
         safety_checker=None,
@@ -118,7 +124,7 @@ def train(
     )
     scenes = training_scenes(concept, series)
     pictures = to_tensor(np.stack([render(scene, rng) for scene, rng in scenes]))
-    latents = PatchBasis.load(folder / "basis.safetensors").encode(pictures)
+    latents = _latents(pictures, folder / "basis.safetensors")
     examples = [
         Example(latent, partial(caption, scene))
         for latent, (scene, _) in zip(latents, scenes, strict=True)
@@ -156,3 +162,13 @@ def train(
         )
     destination.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copy(outcome.path, destination))
+
+
+@torch.no_grad()
+def _latents(pictures: Tensor, basis: Path) -> Tensor:
+    """Latents (n, 12, 16, 16) of pictures; the shipped encoder computes what the basis would."""
+    if basis.is_file():
+        return PatchBasis.load(basis).encode(pictures)
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "model" / "vae").float()
+    mean: Tensor = vae.encode(pictures).latent_dist.mean
+    return mean

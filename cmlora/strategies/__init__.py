@@ -14,6 +14,7 @@ from cmlora.strategies.cmlora import cmlora
 from cmlora.strategies.composite import composite
 from cmlora.strategies.delta import delta
 from cmlora.strategies.freeswitch import freeswitch
+from cmlora.strategies.gate import gate
 from cmlora.strategies.klora import klora
 from cmlora.strategies.lorahub import lorahub
 from cmlora.strategies.loratorio import loratorio
@@ -62,6 +63,9 @@ METHODS: Registry[Strategy] = Registry(
         klora,
         "one pass in which every layer has either subject or style",
         "arXiv:2502.18461",
+    ),
+    Entry(
+        "gate", gate, "one pass in which the LoRAs share the places of every layer"
     ),
     Entry("select", select, "every place follows the LoRAs that change it most"),
     Entry(

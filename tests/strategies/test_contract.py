@@ -58,6 +58,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("loratorio", {"top": 2, "temperature": 0.1}),
     ("multlfg", {"levels": 2, "top": 2}),
     ("klora", {"curve": "wrapped"}),
+    ("gate", {"keep": "none", "strength": 1.5}),
     ("auto", {"budget": 6.0}),
     ("auto", {"budget": 1.0}),
 ]
@@ -277,6 +278,7 @@ def test_the_methods_are_listed_from_simple_to_full() -> None:
         "w_composite",
         "freeswitch",
         "klora",
+        "gate",
         "select",
         "delta",
         "loratorio",
