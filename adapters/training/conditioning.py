@@ -8,11 +8,11 @@ its own latents and timesteps.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -204,7 +204,7 @@ class Conditioning:
         if size not in kept:
             original, seen = self.pipe.scheduler.set_timesteps, {}
 
-            @functools.wraps(original)
+            @wraps(original)
             def listening(*positional: Any, **named: Any) -> Any:
                 seen.update(named)
                 return original(*positional, **named)
@@ -244,7 +244,7 @@ class Conditioning:
         for model, chosen in zip(self.denoisers.values(), (early, ~early), strict=True):
             rows = chosen.nonzero().flatten()
             if len(rows):
-                own = mapped(arguments, lambda _, x, r=rows: x[r] if len(x) == batch else x)
+                own = mapped(arguments, partial(_of_rows, rows, batch))
                 answers.append(self._answer(model, inputs[rows], timesteps[rows], own))
                 order.append(rows)
         return torch.cat(answers)[torch.cat(order).argsort()]
@@ -322,3 +322,8 @@ class Conditioning:
             handle = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
             yield
+
+
+def _of_rows(rows: Tensor, batch: int, _: Path, leaf: Tensor) -> Tensor:
+    """Some pictures' part of an argument that has one of each picture."""
+    return leaf[rows] if len(leaf) == batch else leaf

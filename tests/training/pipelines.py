@@ -144,7 +144,7 @@ def chatting(template: str) -> Any:
     def short(messages: Any, **options: Any) -> Any:
         return original(messages, **options | {"max_length": 24})
 
-    tokenizer.apply_chat_template = short  # type: ignore[method-assign]
+    tokenizer.apply_chat_template = short
     return tokenizer
 
 

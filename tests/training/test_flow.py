@@ -42,7 +42,7 @@ def trainer(pipe: Any, folder: Path, **options: Any) -> Trainer:
     return Trainer(pipe, bench.settings(folder, **plain | options), examples)
 
 
-def velocity(pipe: Any, noisy: Tensor, prompt: str, level: float) -> Tensor:
+def velocity(pipe: Any, noisy: Tensor, prompt: str, level: float) -> Any:
     """What the stock pipeline moves latents (1, C, H, W) by, per unit of noise."""
     if type(pipe).__name__ == "WanPipeline":  # its call takes no levels
         text, _ = pipe.encode_prompt(
@@ -187,7 +187,7 @@ def test_each_denoiser_of_wan_learns_from_its_noise_levels(tmp_path: Path) -> No
         at = slice(index, index + 1)
         alone = conditioning.predict(latents[at], times[at], row)
         torch.testing.assert_close(both[at], alone, rtol=1e-4, atol=1e-5)
-    both.square().sum().backward()
+    torch.autograd.backward(both.square().sum())
     # Factors "up" start at zero, so those are what the first gradient reaches.
     reached = {k.partition(".")[0] for k, p in learning.trained.items() if p.grad is not None}
     assert reached == {"transformer", "transformer_2"}
@@ -230,9 +230,9 @@ def test_shifted_training_draws_such_levels(tmp_path: Path) -> None:
     seen: list[Tensor] = []
     original = learning.conditioning.predict
 
-    def listen(noisy: Tensor, times: Tensor, arguments: Any) -> Tensor:
-        seen.append(times / 1000)
-        return original(noisy, times, arguments)
+    def listen(noisy: Tensor, timesteps: Tensor, arguments: Any) -> Tensor:
+        seen.append(timesteps / 1000)
+        return original(noisy, timesteps, arguments)
 
     learning.conditioning.predict = listen  # type: ignore[method-assign]
     with torch.no_grad():

@@ -110,14 +110,13 @@ def noise(seed: int) -> torch.Generator:
 
 
 def test_tensorboard_holds_what_the_csv_holds(folder: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    name = "tensorboard.backend.event_processing.event_accumulator"
+    reader: Any = pytest.importorskip(name, reason="needs tensorboard")
     options: dict[str, Any] = {"steps": 4, "save_every": 1, "tensorboard": True}
     with pytest.raises(ConnectionError):
         bench.trainer(folder, **options).run(bench.stop_at(2))
     outcome = bench.trainer(folder, **options).run()
-    events = EventAccumulator(str(folder / "out" / "tensorboard"))
+    events = reader.EventAccumulator(str(folder / "out" / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["gradient", "loss", "rate"]
     found = {event.step: event.value for event in events.Scalars("loss")}
