@@ -189,10 +189,10 @@ class Summary:
         others = len(self.labels) - 1
         sets = {n: len({r.ids for r in self.records if r.n == n}) for n in self.sizes}
         # 2^(1 - sets) is the least p there is, and Holm multiplies it
-        few = [str(n) for n, count in sets.items() if others * 2.0 ** (1 - count) >= ALPHA]
-        if others and few:
+        short = [str(n) for n, count in sets.items() if others * 2.0 ** (1 - count) >= ALPHA]
+        if others and short:
             said.append(
-                f"for N = {', '.join(few)} there are too few sets to show any difference "
+                f"for N = {', '.join(short)} there are too few sets to show any difference "
                 f"between {len(self.labels)} methods"
             )
         return said

@@ -154,7 +154,7 @@ class Network(nn.Module):
             encoder_hidden_states=seen,
             encoder_attention_mask=everywhere,
         ).last_hidden_state
-        reward = read[:, 0].float()
+        reward: Tensor = read[:, 0].float()
         for layer in self.head:
             reward = layer(reward)
         return (reward.squeeze(1) - MEAN) / DEVIATION
