@@ -14,8 +14,10 @@ from cmlora.lora import LoRA, Update
 
 def lora(name: str, seed: int, modules: tuple[str, ...]) -> LoRA:
     g = torch.Generator().manual_seed(seed)
-    shapes = ((2, 6), (5, 2))
-    updates = {m: Update(*(torch.randn(s, generator=g) for s in shapes)) for m in modules}
+    updates = {
+        m: Update(torch.randn((2, 6), generator=g), torch.randn((5, 2), generator=g))
+        for m in modules
+    }
     return LoRA(name, updates)
 
 
