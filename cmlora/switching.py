@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cmlora.errors import CmloraError
 from cmlora.fusing import FusedWeight, check_resident, fusable
-from cmlora.gating import Forward, forwards, gateable
+from cmlora.gating import Forward, decides, gateable, gated
 from cmlora.plan import Gate, Strength
 
 _MISSING: Any = object()
@@ -100,7 +100,7 @@ class AdapterSwitch:
         known = all(map(_has_known_attributes, self._layers))
         self._direct = known if direct is None else direct
         self._activations: dict[_Key, _Activations] = {}
-        self._gateable = {i: layer for i, layer in enumerate(self._layers) if gateable(layer)}
+        self._gateable = {i for i, layer in enumerate(self._layers) if gateable(layer)}
         self._gated: list[dict[str, Any]] = []
         self._fused: dict[int, FusedWeight] = {}
         self._room = _REMEMBERED
@@ -213,13 +213,12 @@ class AdapterSwitch:
         local = {name: self._resolve(name, weight) for name, weight in weights.items()}
         activation: list[_Activation] = []
         exchanged = []
-        names_at: dict[int, list[str]] = {}
+        standing_in: list[tuple[dict[str, Any], Forward]] = []
         for index, (layer, held) in enumerate(zip(self._layers, self._held, strict=True)):
             here = {name: local[name][index] for name in sorted(local) if name in held}
             names = [name for name, weight in here.items() if weight != 0.0]
             scales = {name: _scale(layer, name, here[name]) for name in names}
             scales = {name: scale for name, scale in scales.items() if scale is not None}
-            names_at[index] = names
             weight = self._fused.get(index)
             if weight is not None:
                 exchanged.append((weight, weight.under(scales if gate is None else {})))
@@ -227,8 +226,9 @@ class AdapterSwitch:
             activation.append(
                 _Activation(layer, vars(layer), names, _scaling(layer), scales, beside)
             )
-        shared = [] if gate is None else forwards(self._gateable, names_at, gate)
-        return _Activations(activation, exchanged, [(vars(self._layers[i]), f) for i, f in shared])
+            if gate is not None and index in self._gateable and decides(gate, names):
+                standing_in.append((vars(layer), gated(layer, gate, names, scales)))
+        return _Activations(activation, exchanged, standing_in)
 
     def _resolve(self, name: str, strength: Strength) -> list[float]:
         """A LoRA's strength in every layer."""
