@@ -89,3 +89,28 @@ def test_maestro_cuts_one_layer_and_orders_importance() -> None:
     expected = sum(up[:, b:].norm() + down[b:].norm() for b in range(4))
     assert torch.isclose(first.penalty("a"), expected)
     assert float(maestro.penalty(model, "a")) > float(expected)
+
+
+def test_dylora_cut_short_beats_an_ordinary_lora_cut_short() -> None:
+    random = torch.Generator().manual_seed(4)
+    target = torch.randn(12, 8, generator=random)
+    errors = {}
+    for name, least in (("dylora", 1), ("lora", 4)):
+        model = bench.adapt("dylora", "linear", r=4, alpha=None)
+        layer: Any = bench.layers(model)[0]
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        for _ in range(300):
+            dylora.set_rank(model, "a", int(torch.randint(least, 5, (), generator=random)))
+            optimizer.zero_grad()
+            torch.autograd.backward((layer.get_delta_weight("a") - target).square().mean())
+            optimizer.step()
+        errors[name] = []
+        for rank in range(1, 5):
+            dylora.set_rank(model, "a", rank)
+            delta = layer.get_delta_weight("a").detach()
+            errors[name].append(float((delta - target).norm()))
+    assert all(a > b for a, b in itertools.pairwise(errors["dylora"]))
+    assert all(a < b for a, b in zip(errors["dylora"][:3], errors["lora"][:3], strict=True))
+    values = torch.linalg.svdvals(target)
+    for rank, found in enumerate(errors["dylora"], 1):  # and comes near the best of its rank
+        assert found < 1.5 * float(values[rank:].norm())
