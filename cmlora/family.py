@@ -23,9 +23,13 @@ _NAMES = (
 
 
 _TABLES = {
+    "aura_flow": "AuraFlow",
+    "chroma": "Chroma",
     "flux": "FLUX",
     "flux2": "FLUX.2",
     "hunyuan": "HunyuanVideo",
+    "ltx": "LTX-Video",
+    "lumina2": "Lumina 2",
     "sd3": "Stable Diffusion 3",
     "wan": "Wan",
     "z_image": "Z-Image",
@@ -37,6 +41,7 @@ _MODULES = (
     (r"^blocks\.\d+\.(attn[12]|ffn)\.", "Wan"),
     (r"^(layers|noise_refiner|context_refiner)\.\d+\.attention\.to_", "Z-Image"),
     (r"transformer_blocks\.\d+\.(img|txt)_(mlp|mod)\.", "Qwen-Image"),
+    (r"^(double|single)_stream_blocks\.\d+\.block\.", "HiDream"),
     (r"transformer_blocks\.\d+\.attn2\.to_q", "Stable Diffusion 3 or a cross-attention model"),
 )
 

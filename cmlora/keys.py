@@ -191,22 +191,38 @@ def _context(
     table = family(keys)
     if table == "flux" and _is_flux2(shapes):
         table = "flux2"
+    modules = list(modules)
+    if table == "z_image" and _is_lumina2(shapes, modules):
+        table = "lumina2"
     text = "\n".join(keys)
     # FLUX has one CLIP and T5, Stable Diffusion 3 two and T5.
     flux = table == "flux" or "single_transformer_blocks" in text
     t5 = "text_encoder_2" if flux else "text_encoder_3"
+    if table == "chroma":  # which has no CLIP
+        t5 = "text_encoder"
     return Context(layers_per_block, table, t5, {name.replace(".", "_"): name for name in modules})
 
 
 def _is_flux2(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """The gated feed-forward of FLUX.2 makes its first layers half as wide again."""
+    return any(ratio in (6, 9) for ratio in _ratios(shapes, r"(linear1|(img|txt)_mlp[._]0)"))
+
+
+def _is_lumina2(shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]) -> bool:
+    """Z-Image, whose names are the same, has as many keys and values as queries."""
+    if any(re.match(r"layers\.\d+\.attn\.", name) for name in modules):
+        return True
+    return any(ratio < 3 for ratio in _ratios(shapes, r"attention[._]qkv"))
+
+
+def _ratios(shapes: Mapping[str, tuple[int, ...]], layer: str) -> list[float]:
+    """Outputs to inputs of the layers whose names end like that."""
     sizes: dict[str, dict[str, int]] = {}
     for key, shape in shapes.items():
-        match = re.search(r"(linear1|(img|txt)_mlp[._]0)\.lora_(A|B|down|up)\.", key)
+        match = re.search(layer + r"\.lora_(?P<side>A|B|down|up)\.", key)
         if match is not None and len(shape) == 2:
-            down = match[3] in ("A", "down")
-            sizes.setdefault(key[: match.start(3)], {})["in" if down else "out"] = shape[
+            down = match["side"] in ("A", "down")
+            sizes.setdefault(key[: match.start("side")], {})["in" if down else "out"] = shape[
                 1 if down else 0
             ]
-    ratios = [s["out"] / s["in"] for s in sizes.values() if len(s) == 2 and s["in"]]
-    return any(ratio in (6, 9) for ratio in ratios)
+    return [s["out"] / s["in"] for s in sizes.values() if len(s) == 2 and s["in"]]

@@ -51,6 +51,8 @@ _WORD = re.compile(
     r"|(img|txt)_(in|mod|mlp)|(noise|context)_refiner|attention|feed_forward|w[123]|blocks|ffn"
     r"|adaLN_modulation|adaln_single|emb|caption_projection|pos_embed|patch_embedding|block|layer"
     r"|SelfAttention|DenseReluDense|wi(_[01])?|wo|[qkvo]|final_layer_norm|layer_norm[12]?"
+    r"|(double|single)_stream_blocks|to_(q|k|v|out)_t|ff_[it]|shared_experts|experts|gate"
+    r"|[pt]_embedder|pooled_embedder|final_layer"
     r"|relative_attention_bias|shared|model|(up|gate|down)_proj|linear_(in|out)|to_qkv_mlp_proj"
 )
 

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from cmlora.originals_others import AURA_FLOW, CHROMA, LTX, LUMINA2
+
 _FLUX = """
 img_in = x_embedder
 txt_in = context_embedder
@@ -182,9 +184,13 @@ context_refiner.#.attention.out = context_refiner.#.attention.to_out.0
 """
 
 TABLES = {
+    "aura_flow": AURA_FLOW,
+    "chroma": CHROMA + _FLUX,
     "flux": _FLUX,
     "flux2": _FLUX2 + _FLUX,
     "hunyuan": _HUNYUAN + _FLUX,
+    "ltx": LTX,
+    "lumina2": LUMINA2,
     "sd3": _SD3,
     "wan": _WAN,
     "z_image": _Z_IMAGE,
@@ -192,6 +198,9 @@ TABLES = {
 """Original names by family; most of those of HunyuanVideo and Chroma are those of FLUX."""
 
 _MARKS = (
+    (r"distilled_guidance_layer[._]", "chroma"),
+    (r"(^|[._])(double|single)_layers[._]\d+[._](attn|mlp|mod)", "aura_flow"),
+    (r"patchify_proj|transformer_blocks[._]\d+[._]attn[12][._][qk]_norm", "ltx"),
     (r"(single|double)_stream_modulation", "flux2"),
     (r"individual_token_refiner|_mod[._]linear|[._]modulation[._]linear", "hunyuan"),
     (r"_blocks[._]\d+[._](img|txt)_mlp[._]fc[12]", "hunyuan"),

@@ -163,6 +163,99 @@ def hunyuan(h: int = 3072) -> tuple[Shapes, dict[str, Tensor]]:
     return found, {}
 
 
+def chroma(h: int = 3072) -> tuple[Shapes, dict[str, Tensor]]:
+    found, others = flux(h)
+    left_out = ("_mod.lin", "modulation", "time_in", "vector_in", "guidance_in")
+    found = {name: shape for name, shape in found.items() if not any(m in name for m in left_out)}
+    guide = "distilled_guidance_layer"
+    found |= {f"{guide}.in_proj": (32, 8), f"{guide}.out_proj": (h, 32)}
+    for layer in range(2):
+        found |= {
+            f"{guide}.layers.{layer}.in_layer": (32, 32),
+            f"{guide}.layers.{layer}.out_layer": (32, 32),
+        }
+        others[f"{guide}.norms.{layer}.scale"] = torch.ones(8)
+    return found, others
+
+
+def lumina2(h: int = 2304, kv: int = 768) -> tuple[Shapes, dict[str, Tensor]]:
+    found = {
+        "x_embedder": (h, 64),
+        "cap_embedder.1": (h, 32),
+        "t_embedder.mlp.0": (32, 16),
+        "t_embedder.mlp.2": (32, 32),
+        "final_layer.linear": (64, h),
+        "final_layer.adaLN_modulation.1": (h, 32),
+    }
+    for stack in ("layers", "noise_refiner", "context_refiner"):
+        found |= {
+            f"{stack}.1.attention.qkv": (h + 2 * kv, h),
+            f"{stack}.1.attention.out": (h, h),
+            f"{stack}.1.feed_forward.w1": (3 * h, h),
+            f"{stack}.1.feed_forward.w2": (h, 3 * h),
+            f"{stack}.1.feed_forward.w3": (3 * h, h),
+        }
+        if stack != "context_refiner":
+            found[f"{stack}.1.adaLN_modulation.1"] = (4 * h, 32)
+    return found, {}
+
+
+def ltx(h: int = 16) -> tuple[Shapes, dict[str, Tensor]]:
+    found = {
+        "patchify_proj": (h, 8),
+        "adaln_single.emb.timestep_embedder.linear_1": (h, 8),
+        "adaln_single.emb.timestep_embedder.linear_2": (h, h),
+        "adaln_single.linear": (6 * h, h),
+        "caption_projection.linear_1": (h, 24),
+        "proj_out": (8, h),
+        "transformer_blocks.0.ff.net.0.proj": (4 * h, h),
+    }
+    for number in (1, 2):
+        stem = f"transformer_blocks.0.attn{number}"
+        found |= {f"{stem}.to_q": (h, h), f"{stem}.to_out.0": (h, h)}
+    return found, {}
+
+
+def aura_flow(h: int = 16) -> tuple[Shapes, dict[str, Tensor]]:
+    found = {
+        "init_x_linear": (h, 8),
+        "cond_seq_linear": (h, 24),
+        "t_embedder.mlp.0": (h, 8),
+        "t_embedder.mlp.2": (h, h),
+        "final_linear": (8, h),
+        "modF.1": (2 * h, h),
+        "single_layers.0.modCX.1": (6 * h, h),
+    }
+    for stem in ("double_layers.0.mlpX", "double_layers.0.mlpC", "single_layers.0.mlp"):
+        found |= {
+            f"{stem}.c_fc1": (2 * h, h),
+            f"{stem}.c_fc2": (2 * h, h),
+            f"{stem}.c_proj": (h, 2 * h),
+        }
+    for side in "XC":
+        found[f"double_layers.0.mod{side}.1"] = (6 * h, h)
+    for letter in "qkvo":
+        found |= {f"double_layers.0.attn.w{side}{letter}": (h, h) for side in (1, 2)}
+        found[f"single_layers.0.attn.w1{letter}"] = (h, h)
+    return found, {"positional_encoding": torch.ones(1, 4, h), "register_tokens": torch.ones(1, h)}
+
+
+def hidream(h: int = 16) -> tuple[Shapes, dict[str, Tensor]]:
+    found = {"x_embedder.proj": (h, 8), "final_layer.adaLN_modulation.1": (2 * h, h)}
+    found |= {"p_embedder.pooled_embedder.linear_1": (h, 8), "caption_projection.3.linear": (h, 8)}
+    found["t_embedder.timestep_embedder.linear_2"] = (h, h)
+    for stem in ("double_stream_blocks.0.block", "single_stream_blocks.1.block"):
+        found |= {f"{stem}.attn1.to_{each}": (h, h) for each in ("q", "k", "v", "out")}
+        found |= {
+            f"{stem}.adaLN_modulation.1": (12 * h, h),
+            f"{stem}.ff_i.shared_experts.w1": (2 * h, h),
+            f"{stem}.ff_i.experts.2.w3": (2 * h, h),
+        }
+    stem = "double_stream_blocks.0.block"
+    found |= {f"{stem}.attn1.to_{each}_t": (h, h) for each in ("q", "k", "v", "out")}
+    return found | {f"{stem}.ff_t.w2": (h, 2 * h)}, {}
+
+
 FAMILIES: dict[str, tuple[Callable[[], Any], Callable[..., Any], str]] = {
     "flux": (flux, upstream.convert_flux_transformer_checkpoint_to_diffusers, "FLUX"),
     "flux2": (flux2, upstream.convert_flux2_transformer_checkpoint_to_diffusers, "FLUX.2"),
@@ -170,6 +263,15 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[..., Any], str]] = {
     "wan": (wan, upstream.convert_wan_transformer_to_diffusers, "Wan"),
     "z_image": (z_image, upstream.convert_z_image_transformer_checkpoint_to_diffusers, "Z-Image"),
     "hunyuan": (hunyuan, upstream.convert_hunyuan_video_transformer_to_diffusers, "HunyuanVideo"),
+    "chroma": (chroma, upstream.convert_chroma_transformer_checkpoint_to_diffusers, "Chroma"),
+    "lumina2": (lumina2, upstream.convert_lumina2_to_diffusers, "Lumina 2"),
+    "ltx": (ltx, upstream.convert_ltx_transformer_checkpoint_to_diffusers, "LTX-Video"),
+    "aura_flow": (
+        aura_flow,
+        upstream.convert_auraflow_transformer_checkpoint_to_diffusers,
+        "AuraFlow",
+    ),
+    "hidream": (hidream, upstream.convert_hidream_transformer_to_diffusers, "HiDream"),
 }
 
 STYLES: dict[str, tuple[Callable[[str], str], str, str]] = {
