@@ -62,7 +62,7 @@ def test_a_merged_file_is_the_sum(lora_folder: Path, tmp_path: Path) -> None:
     assert said["sha256"] == sha256(out)
     assert said["rank"] == 4
     assert said["error"] < 1e-6
-    assert [path.name for path in tmp_path.iterdir()] == ["both.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"both.safetensors", "both.png"}
 
 
 def test_weights_apart_and_options(lora_folder: Path, tmp_path: Path) -> None:
