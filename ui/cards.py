@@ -5,7 +5,7 @@ import binascii
 import io
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from cmlora import container, keys
+from cmlora.emoji.paths import WEIGHTS
 from cmlora.errors import CmloraError
 from cmlora.files import triggers
 from cmlora.frequency.card import card_path
@@ -89,11 +90,11 @@ def _card(name: str, path: Path, changed: int, size: int, profiled: bool) -> Car
         rank = f"{ranks[0]}-{ranks[-1]}"
     return Card(
         name,
-        family=_family(head, layout),
+        family="emoji" if _embedded_one(path) else _family(head, layout),
         rank=rank,
         triggers=words,
         bytes=size,
-        thumbnail=_beside(path) or _embedded(head.metadata) or monogram(name),
+        thumbnail=_beside(path) or _embedded(head.metadata) or _scene(path) or monogram(name),
         profiled=profiled,
     )
 
@@ -152,6 +153,28 @@ def _embedded(metadata: Mapping[str, str]) -> str:
         return _small(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError):
         return ""
+
+
+def _embedded_one(path: Path) -> bool:
+    """Whether a file is one of the LoRAs that come with the package."""
+    return path.is_relative_to(WEIGHTS)
+
+
+def _scene(path: Path) -> str:
+    """What an embedded LoRA was trained to draw."""
+    if not _embedded_one(path):
+        return ""
+    import numpy as np
+
+    from cmlora.emoji.scenes import render, scene_of
+    from cmlora.emoji.world import BY_CONCEPT, KNOWN
+
+    if path.stem not in BY_CONCEPT:
+        return ""
+    scene = scene_of((path.stem,))
+    if BY_CONCEPT[path.stem].category in ("clothing", "style"):  # on something that has it
+        scene = replace(scene, character=KNOWN["character"][0])
+    return data_uri(Image.fromarray(render(scene, np.random.default_rng(0))))
 
 
 def _small(data: bytes) -> str:

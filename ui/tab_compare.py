@@ -258,24 +258,32 @@ def cell_name(sheet: Sheet, cell: Cell) -> str:
 
 
 def grid_html(sheet: Sheet, cells: list[Cell]) -> str:
-    """The grid with what is filled so far; its size does not depend on that."""
+    """The grid with what is filled so far; its size does not depend on that.
+
+    Every cell knows its row and column, so that a wide screen may show the longer side across.
+    """
     placed = {(cell.row, cell.column): cell for cell in cells}
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in sheet.columns)
-    body = []
+    parts = [
+        f'<div class="head short" style="--r:0;--c:{c + 1}">{escape(name)}</div>'
+        for c, name in enumerate(sheet.columns)
+    ]
     for r, name in enumerate(sheet.rows):
         line = [placed[r, c] for c in range(len(sheet.columns)) if (r, c) in placed]
         notes = "".join(f"<small>{escape(note)}</small>" for note in cost_notes(line))
-        tiles = "".join(_tile(placed.get((r, c))) for c in range(len(sheet.columns)))
-        body.append(f'<tr><th scope="row">{escape(name)}{notes}</th>{tiles}</tr>')
-    return (
-        f'<table class="cells"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table>"
-    )
+        parts.append(
+            f'<div class="head" style="--r:{r + 1};--c:0"><b>{escape(name)}</b>{notes}</div>'
+        )
+        for c, column in enumerate(sheet.columns):
+            tile = _tile(placed.get((r, c)), f"{name}, {column}")
+            parts.append(f'<figure style="--r:{r + 1};--c:{c + 1}">{tile}</figure>')
+    turned = "turned" if len(sheet.rows) > len(sheet.columns) else ""
+    sides = f"--rows:{len(sheet.rows)};--columns:{len(sheet.columns)}"
+    return f'<div class="cells {turned}" style="{sides}">{"".join(parts)}</div>'
 
 
-def _tile(cell: Cell | None) -> str:
+def _tile(cell: Cell | None, name: str) -> str:
     if cell is None:
-        return '<td><figure><div class="pic"></div><figcaption>&nbsp;</figcaption></figure></td>'
+        return '<div class="pic"></div><figcaption>&nbsp;</figcaption>'
     picture = cell.picture
     scores = [f"{_SHORT.get(k, k)} {v:.2g}" for k, v in cell.scores.items()]
     cost = " · ".join(
@@ -284,8 +292,8 @@ def _tile(cell: Cell | None) -> str:
     with Image.open(picture.path) as image:
         source = data_uri(image, 320)
     return (
-        f'<td><figure><div class="pic"><img src="{source}" alt=""></div>'
-        f"<figcaption>{escape(cost)}<br>{escape(', '.join(scores))}</figcaption></figure></td>"
+        f'<div class="pic"><img src="{source}" alt="{escape(name, quote=True)}"></div>'
+        f"<figcaption>{escape(cost)}<br>{escape(' · '.join(scores))}</figcaption>"
     )
 
 

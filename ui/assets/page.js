@@ -69,6 +69,10 @@
   });
 
   document.addEventListener("click", (event) => {
+    // on a phone the picture is far below the button
+    if (event.target.closest && event.target.closest("#generate") && innerWidth <= 900) {
+      document.querySelector("#stage").scrollIntoView({ behavior: "smooth", block: "start" });
+    }
     const button = event.target.closest && event.target.closest("[data-act=theme]");
     if (!button) return;
     const on = !document.body.classList.contains("dark");
