@@ -17,6 +17,6 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(bed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing interrupted; read only."""
     out = tmp_path_factory.mktemp("studies") / "whole"
-    outcome = beds.work(bed, out, count=True)
+    outcome = beds.work(bed, out)
     assert (outcome.made, outcome.kept, outcome.failed) == (16, 0, {})
     return out

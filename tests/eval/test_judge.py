@@ -21,6 +21,7 @@ from cmlora.eval.judge.protocol import Protocol, Unreadable, find_protocol
 from cmlora.eval.judge.tally import OVERALL, judged
 from cmlora.eval.study import Study
 from tests.eval import models
+from tests.eval.made import make_study
 from tests.eval.server import Chat, brightness, fair, partial, served
 
 FOUR = find_protocol("four")
@@ -337,6 +338,22 @@ def test_a_biased_judge_is_found_out(study: Study) -> None:
     assert honest.bias().pull.value == pytest.approx(0, abs=1e-9)
     for label in honest.labels:  # means of both orders: the gift cancels
         assert biased.win_rate(label, OVERALL) == honest.win_rate(label, OVERALL)
+
+
+def test_a_planted_bias_is_detected_over_http(tmp_path: Path) -> None:
+    """Sets enough for a verdict: a gift to the first picture is found, a fair judge is cleared."""
+    run = make_study(tmp_path / "run", words=("naive", "merge"), sizes=(2,), sets=12, seeds=(0,))
+    wanted = pairs(list(run.records().values()))
+    for opinion, name in ((partial, "partial"), (fair, "fair")):
+        with served(Chat(opinion)) as chat:
+            assert judge(run, HttpJudge(chat.url, name, limits=QUICK), FOUR, wanted) == 24
+    found = {verdicts.judge: verdicts.bias() for verdicts in judged(run)}
+    biased, honest = (next(b for k, b in found.items() if n in k) for n in ("partial", "fair"))
+    assert biased.found
+    assert biased.p == pytest.approx(2 / 2**12)
+    assert biased.pull.value == pytest.approx(0.8, abs=0.01)
+    assert not honest.found
+    assert honest.p == 1
 
 
 def test_a_local_model_end_to_end(study: Study, tmp_path: Path) -> None:
