@@ -26,19 +26,20 @@ README = {
 }
 
 
-def main(folder: Path, docs: Path | None) -> None:
+def main(folder: Path, docs: Path | None, steps: int) -> None:
     """Use every tab as a person would and keep what is seen.
 
     Args:
         folder: for all pictures.
         docs: for the README's; nothing if not given.
+        steps: of every picture.
     """
     with (
         tempfile.TemporaryDirectory() as place,
         serving(Settings(out=Path(place))) as server,
         browser(server.url) as page,
     ):
-        _generate(page, folder)
+        _generate(page, folder, steps)
         _compare(page, folder)
         _understand(page, folder)
         _judge(page, folder)
@@ -51,10 +52,11 @@ def main(folder: Path, docs: Path | None) -> None:
             )
 
 
-def _generate(page: Page, folder: Path) -> None:
+def _generate(page: Page, folder: Path, steps: int) -> None:
     page.size(*SCREENS["1440"])
     page.open("light")
     page.pick(*LORAS)
+    page.fill("#steps input[type=number]", str(steps))
     for seed in ("3", "7"):
         page.fill("#seed input", seed)
         page.click("#generate")
@@ -121,5 +123,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="pictures of the page")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("demo/screenshots"))
     parser.add_argument("--readme", type=Path, metavar="DOCS")
+    parser.add_argument("--steps", type=int, default=30)
     given = parser.parse_args()
-    main(given.folder, given.readme)
+    main(given.folder, given.readme, given.steps)
