@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d, Linear
-from torch import nn
+from torch import Tensor, nn
 
 from cmlora.errors import CmloraError
 
@@ -42,10 +42,10 @@ class FusedWeight:
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self._parameter: nn.Parameter = layer.base_layer.weight
-        self._original = self._parameter.data
+        self._original: Tensor = self._parameter.data
         self._present = self._original
 
-    def under(self, scales: Mapping[str, float]) -> torch.Tensor:
+    def under(self, scales: Mapping[str, float]) -> Tensor:
         """W + sum_i s_i B_i A_i; W itself, not a copy, for none.
 
         Args:
@@ -55,17 +55,19 @@ class FusedWeight:
             return self._original
         wide = torch.promote_types(self._original.dtype, torch.float32)
         total = self._original.to(wide).flatten(1)
-        for position, (name, scale) in enumerate(scales.items()):
+        for name, scale in scales.items():
             down = self._layer.lora_A[name].weight.data.to(wide).flatten(1)
             up = self._layer.lora_B[name].weight.data.to(wide).flatten(1)
-            target = None if position == 0 else total  # never into the original
-            total = torch.addmm(total, up, down, alpha=scale, out=target)
-        fused = total.to(self._original.dtype).view(self._original.shape)
+            if total.data_ptr() == self._original.data_ptr():
+                total = torch.addmm(total, up, down, alpha=scale)
+            else:
+                total.addmm_(up, down, alpha=scale)
+        fused: Tensor = total.to(self._original.dtype).view(self._original.shape)
         if fused.stride() == self._original.stride():
             return fused
         return torch.empty_like(self._original).copy_(fused)
 
-    def put(self, weight: torch.Tensor) -> None:
+    def put(self, weight: Tensor) -> None:
         """Let the layer compute with this.
 
         Raises:

@@ -47,7 +47,7 @@ def net(**settings: Any) -> Net:
 def expected(layer: Any, x: torch.Tensor, weights: dict[str, float], gate: Gate) -> np.ndarray:
     """Place by place, from each LoRA's own contribution; places last but for channels."""
     base = layer.base_layer(x).movedim(1, -1) if x.ndim == 4 else layer.base_layer(x)
-    result = base.detach().double().numpy().copy()
+    result: np.ndarray = base.detach().double().numpy().copy()
     updates = {}
     for name, weight in weights.items():
         delta = layer.get_delta_weight(name).detach() / layer.scaling[name]

@@ -94,7 +94,7 @@ def test_maestro_cuts_one_layer_and_orders_importance() -> None:
 def test_dylora_cut_short_beats_an_ordinary_lora_cut_short() -> None:
     random = torch.Generator().manual_seed(4)
     target = torch.randn(12, 8, generator=random)
-    errors = {}
+    errors: dict[str, list[float]] = {}
     for name, least in (("dylora", 1), ("lora", 4)):
         model = bench.adapt("dylora", "linear", r=4, alpha=None)
         layer: Any = bench.layers(model)[0]
