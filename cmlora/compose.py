@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from torch import nn
 
-from cmlora import denoisers, relevance
+from cmlora import denoisers, relevance, shared
 from cmlora.batching import Execution
 from cmlora.branches import Uncond, share_uncond
 from cmlora.caching.dit import DiTCache, Live
@@ -210,6 +210,8 @@ def compose(
         if prompts is not None:
             stack.callback(prompts.detach)
             prompts.attach()
+        together = {} if label == _BASE else {m.name: m.weight for m in composed}
+        stack.push(shared.attach(pipe, switches.values(), together))
         for name, model in models.items():
             stack.callback(forget_children, model)
             if foreign is not None:
@@ -253,12 +255,12 @@ def _arranged(strategy: Strategy, curves: Schedule, uncond: Uncond) -> Strategy:
     if uncond == "per_lora":
         return inner
 
-    def shared(
+    def with_one(
         step: Step, members: Sequence[Member], policy: Policy, *args: Any, **options: Any
     ) -> Plan:
         return share_uncond(inner(step, members, policy, *args, **options))
 
-    return shared
+    return with_one
 
 
 def _weighed(models: Iterable[nn.Module], members: Sequence[Member]) -> tuple[Member, ...]:

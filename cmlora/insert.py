@@ -123,6 +123,16 @@ def insert(
     )
 
 
+def remove(pipe: Any) -> None:
+    """Takes all LoRAs out of a pipeline, also where diffusers has no loader that would do it."""
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    for component in MODELS:
+        model = rest.plain(getattr(pipe, component, None))
+        if hasattr(model, "peft_config"):
+            PeftAdapterMixin.unload_lora(model)
+
+
 def listing(names: list[str] | tuple[str, ...], shown: int = 3) -> str:
     """The first few names, and how many more there are.
 

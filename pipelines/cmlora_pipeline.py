@@ -1,12 +1,14 @@
 """A wrapper that gives any diffusers pipeline several LoRAs and a choice of how to compose them."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from cmlora.engine import Report
+from cmlora.insert import remove
 from cmlora.pipelines.ensemble import Ensemble, Loaded
 from cmlora.pipelines.models import EMBEDDED, open_pipeline, read_device, read_dtype
 
@@ -87,7 +89,7 @@ class CMLoRAPipeline:
 
     def unload_lora_weights(self) -> None:
         """Take all LoRAs out."""
-        self.pipe.unload_lora_weights()
+        getattr(self.pipe, "unload_lora_weights", partial(remove, self.pipe))()
         self.ensemble.loras.clear()
 
     def __call__(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:

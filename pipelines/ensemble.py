@@ -257,7 +257,13 @@ class Ensemble:
         if lora_scale is not None:
             model = next(iter(denoisers.find(self.pipe).values()))
             name = denoisers.kind(model).scale
-            kwargs[name] = {**(kwargs.get(name) or {}), "scale": lora_scale}
+            if name in inspect.signature(call).parameters:
+                kwargs[name] = {**(kwargs.get(name) or {}), "scale": lora_scale}
+            else:  # PixArt's pipelines do not pass it on
+                text_weights = weights if text_weights is None else text_weights
+                weights = {name: weight * lora_scale for name, weight in weights.items()}
+                if members is not None:
+                    members = [replace(m, weight=m.weight * lora_scale) for m in members]
         if seed is not None:
             if kwargs.get("generator") is not None:
                 raise CmloraError("give either seed or generator, not both")

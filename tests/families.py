@@ -4,8 +4,6 @@ Prompts are given as embeddings, so that no tokenizer has to be made.
 """
 
 import functools
-import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +15,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -31,9 +31,10 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from peft import LoraConfig
 
 from tests import tiny
+from tests.injected import activate as activate
+from tests.injected import add_loras as add_loras
 
 NAMES = ("ink", "alice")
 TARGETS = ("to_q", "to_v", "to_out.0", "to_qkv_mlp_proj", "conv1")
@@ -75,21 +76,6 @@ class Family:
 def embedding(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random numbers that stand for a prompt."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(100 + seed))
-
-
-def add_loras(models: Iterable[Any], names: Iterable[str], targets: Iterable[str]) -> None:
-    """Random LoRAs that depend on their name only, on every model."""
-    models, targets = list(models), list(targets)
-    for name in names:
-        for model in models:
-            config = LoraConfig(r=2, lora_alpha=3, target_modules=targets)
-            model.add_adapter(config, adapter_name=name)
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            for key, parameter in model.named_parameters():
-                if f".{name}." in key:
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.data.copy_(0.3 * noise)
-            model.requires_grad_(False)
 
 
 def set_timesteps(scheduler: Any, steps: int) -> None:
@@ -162,13 +148,17 @@ def sdxl() -> Family:
     return Family(pipe, ("unet",), {**call, **pooled, "height": 32, "width": 32})
 
 
-def sd3() -> Family:
-    """Stable Diffusion 3."""
+def sd3(channels: int = 4) -> Family:
+    """Stable Diffusion 3.
+
+    Args:
+        channels: of the latents; 16 in the real one.
+    """
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=4,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -328,6 +318,29 @@ def sana() -> Family:
     return Family(pipe, call={**_pair(), **masks, **sizes, **guidance})
 
 
+def pixart() -> Family:
+    """PixArt Sigma: a cross-attention transformer for which diffusers loads no LoRAs."""
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        cross_attention_dim=WIDTH,
+        caption_channels=WIDTH,
+        sample_size=8,
+    ).eval()
+    pipe = PixArtSigmaPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=tiny.scheduler()
+    )
+    mask = torch.ones(1, TOKENS)
+    masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
+    sizes = {"height": 64, "width": 64, "use_resolution_binning": False}
+    guidance = {"negative_prompt": None, "guidance_scale": 3.0}
+    return Family(pipe, call={**_pair(), **masks, **sizes, **guidance})
+
+
 def wan() -> Family:
     """Wan 2.2: video, a denoiser for the noisy half of a run and one for the rest."""
     models = []
@@ -362,7 +375,7 @@ def wan() -> Family:
 
 FAMILIES = {
     make.__name__: make
-    for make in (sd15, sd2, sdxl, sd3, flux, flux_distilled, flux2, qwen, zimage, sana, wan)
+    for make in (sd15, sd2, sdxl, sd3, flux, flux_distilled, flux2, qwen, zimage, pixart, sana, wan)
 }
 """How to make each."""
 

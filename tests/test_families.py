@@ -31,7 +31,7 @@ def denoiser(request: pytest.FixtureRequest) -> Family:
 def activate(family: Family, name: str, weight: float = 1.0) -> None:
     """One LoRA, as diffusers does it."""
     for model in family.models():
-        model.set_adapters([name], [weight])
+        families.activate(model, name, weight)
         model.requires_grad_(False)
 
 
@@ -44,7 +44,7 @@ def loop_over_loras(family: Family, weights: dict[str, float], **options: Any) -
         def looped(*args: Any, _model: Any = model, _forward: Any = forward, **kwargs: Any) -> Any:
             outputs = []
             for name, weight in weights.items():
-                _model.set_adapters([name], [weight])
+                families.activate(_model, name, weight)
                 outputs.append(_forward(*args, **{**kwargs, "return_dict": False})[0])
             if isinstance(outputs[0], list):
                 return ([torch.stack(each).mean(0) for each in zip(*outputs, strict=True)],)
