@@ -102,8 +102,8 @@ def controlnet(family: str) -> Any:
     torch.manual_seed(3)
     if family == "sd3":
         kind: Any = SD3ControlNetModel
-        names = ("num_attention_heads", "attention_head_dim", "joint_attention_dim")
-        names += ("caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size")
+        names = ["num_attention_heads", "attention_head_dim", "joint_attention_dim"]
+        names += ["caption_projection_dim", "pooled_projection_dim", "pos_embed_max_size"]
         shape = {name: plain.config[name] for name in (*names, "sample_size", "in_channels")}
         net = kind(num_layers=2, out_channels=4, **shape)
     elif family == "zimage":

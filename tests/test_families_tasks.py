@@ -21,7 +21,14 @@ class Always:
         return tuple(range(count))
 
 
-@pytest.mark.parametrize(("family", "task"), dit_tasks.TASKS)
+QUICK = {("sd3", "img2img"), ("flux", "controlnet"), ("qwen", "inpaint"), ("zimage", "controlnet")}
+"""Each family and each task once; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [pytest.param(*t, marks=() if t in QUICK else pytest.mark.slow) for t in dit_tasks.TASKS],
+)
 def test_tasks_compute_what_a_plain_loop_computes(family: str, task: str) -> None:
     made = dit_tasks.task(family, task)
     activate(made, "ink")

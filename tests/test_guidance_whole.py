@@ -48,7 +48,7 @@ def run(pipe: Any, guider: Any) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("method", ["composite", "switch"])
+@pytest.mark.parametrize("method", ["composite", pytest.param("switch", marks=pytest.mark.slow)])
 def test_both_doors_make_the_ordinary_pipelines_picture(
     base: Any, modular: Any, method: str
 ) -> None:
