@@ -8,6 +8,7 @@ from typing import Any
 
 from cmlora import checks
 from cmlora.errors import CmloraError
+from cmlora.ui import libraries
 from cmlora.ui.actions import read_recipe
 from cmlora.ui.jobs import Clock, Event, Progress, Result, Ticket, stream
 from cmlora.ui.jobs import Report as Tell
@@ -56,6 +57,7 @@ def bake(
         raise CmloraError("this picture was made without a LoRA; there is nothing to bake")
 
     def work(tell: Tell) -> None:
+        libraries.ready()
         from cmlora.pipelines.bake import bake as turn
 
         clock = Clock(max(1, FIT.index(fit) * count))

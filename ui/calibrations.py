@@ -10,6 +10,7 @@ from typing import Any
 from cmlora.adapters.analysis.saturation import Saturation, saturation
 from cmlora.adapters.calibration import load, save
 from cmlora.errors import CmloraError
+from cmlora.ui import libraries
 from cmlora.ui.jobs import Clock, Event, Progress, Result, Ticket, stream
 from cmlora.ui.jobs import Report as Tell
 from cmlora.ui.order import check_strengths
@@ -58,6 +59,7 @@ def calibrate(
     paths = sources(studio, model, loras)
 
     def work(tell: Tell) -> None:
+        libraries.ready()
         from cmlora.pipelines.calibrate import calibrate as measure
         from cmlora.pipelines.native import native_guidance
 

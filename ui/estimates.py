@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
 from cmlora.pipelines.models import EMBEDDED
+from cmlora.ui import libraries
 from cmlora.ui.natives import Natives, natives
 from cmlora.ui.order import Order
 from cmlora.ui.panels import duration, macs
@@ -52,6 +53,7 @@ def estimate(studio: Studio, order: Order) -> Estimate:
     Raises:
         CmloraError: if the order cannot be fulfilled.
     """
+    libraries.ready()
     from cmlora.cost import plan_cost
 
     found = plans(studio, order)

@@ -14,6 +14,7 @@ from cmlora import checks
 from cmlora.errors import CmloraError
 from cmlora.files import sha256
 from cmlora.lora import LoRA
+from cmlora.ui import libraries
 from cmlora.ui.jobs import Clock, Event, Progress, Result, Ticket, stream
 from cmlora.ui.jobs import Report as Tell
 from cmlora.ui.order import check_strengths
@@ -110,6 +111,7 @@ def learn(
     pictures = [_picture(path) for path in _few(task.pictures)]
 
     def work(tell: Tell) -> None:
+        libraries.ready()
         from cmlora.adapters.merging.method import read_options
         from cmlora.pipelines.learning import LEARNED
         from cmlora.pipelines.learning import learn as fit

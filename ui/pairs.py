@@ -9,6 +9,7 @@ from cmlora.adapters.analysis.merging import Barrier, Mergeability, barrier, mer
 from cmlora.adapters.analysis.mismatch import check_families
 from cmlora.errors import CmloraError
 from cmlora.lora import stack
+from cmlora.ui import libraries
 from cmlora.ui.jobs import Clock, Event, Progress, Result, Ticket, stream
 from cmlora.ui.jobs import Report as Tell
 from cmlora.ui.studio import Studio
@@ -76,6 +77,7 @@ def align(
         likeness, hill = mergeability(one, other), None
         clock.tick()
         if on_model:
+            libraries.ready()
             from cmlora.pipelines.native import native_guidance
             from cmlora.pipelines.objectives import distill
 

@@ -21,6 +21,7 @@ from cmlora.frequency.card import Profile, StaleCard, card_path, read_card
 from cmlora.frequency.profile import base_id
 from cmlora.pipelines import library
 from cmlora.pipelines.models import EMBEDDED
+from cmlora.ui import libraries
 from cmlora.ui.jobs import Tickets
 from cmlora.ui.order import SAMPLERS
 from cmlora.ui.settings import Settings, embedded_available
@@ -122,6 +123,12 @@ class Studio:
     def loaded(self, name: str) -> CMLoRAPipeline | None:
         """The pipeline, if it is the one of this model and nothing has to be loaded for it."""
         return self._pipe if self._pipe is not None and self._name == name else None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While nothing else loads or uses a model."""
+        with self._busy:
+            yield
 
     @contextmanager
     def pipeline(
@@ -226,6 +233,7 @@ class Studio:
         """The pipeline of a model, loaded if it is not the present one."""
         if self._pipe is not None and self._name == name:
             return self._pipe
+        libraries.ready()
         from cmlora.pipelines.render import assemble
 
         place = self.model_place(name)

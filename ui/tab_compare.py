@@ -58,8 +58,8 @@ def build(studio: Studio, rail: Rail, generate: Generate, tabs: gr.Tabs) -> gr.S
     """Draw the tab and wire it; gives a state that changes when a run is finished."""
     limits = studio.settings.limits
     gr.HTML(
-        '<p class="note">Prompt, LoRAs, size and sampler are those of the Generate tab; every '
-        "picture of a column starts from the same noise.</p>"
+        '<p class="note">Prompt, LoRAs, size and sampler are those of the Generate tab; what is '
+        "compared starts from the same noise.</p>"
     )
     with gr.Row(elem_classes="workspace"):
         with gr.Column(scale=5, min_width=300):

@@ -174,7 +174,8 @@ def convert(
         CmloraError: if the file cannot be read or exported.
     """
     path, most = studio.lora_path(name, model), rank_of(rank)
-    lora, error = plainly(path, lambda: _ordinary(studio, model, path, most, loose))
+    with studio.alone():  # a model may have to be loaded
+        lora, error = plainly(path, lambda: _ordinary(studio, model, path, most, loose))
     target = new_file(studio.uploads, f"{path.stem}_lora")
     write(lora, target)
     ranks = [update.rank for update in lora.updates.values()]

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from cmlora.adapters.merging import MERGES
-from cmlora.ui import calibrations, learned, workbench
+from cmlora.ui import calibrations, learned, libraries, workbench
 from cmlora.ui.forms import read_selection
 from cmlora.ui.learned import OBJECTIVES, Task
 from cmlora.ui.order import read_options
@@ -228,6 +228,7 @@ def note_html(
     """What a merging method does, and what it still needs."""
     told = needs(studio, model, method, loras) if problem is None else problem
     if method in learned.NAMES:
+        libraries.ready()
         from cmlora.pipelines.learning import LEARNED
 
         learner = LEARNED[method]
