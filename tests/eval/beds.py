@@ -89,6 +89,7 @@ def work(
     words: tuple[str, ...] = WORDS,
     shard: tuple[int, int] = (0, 1),
     ears: Ears | None = None,
+    studio: Studio | None = None,
 ) -> Outcome:
     """One process's part of a study of the tiny testbed; may be called in a process of its own.
 
@@ -98,11 +99,12 @@ def work(
         words: the methods.
         shard: index and count.
         ears: who is told.
+        studio: of the testbed, if it is open.
     """
     import torch
 
     torch.set_num_threads(1)
-    studio, study = open_studio(bed), Study(out)
+    studio, study = studio or open_studio(bed), Study(out)
     jobs = jobs_in(studio, words)
     study.begin(studio, {}, COST)
     return run(study, studio, jobs, shard=Shard(*shard), cost=COST, ears=ears)

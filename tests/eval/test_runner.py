@@ -228,8 +228,10 @@ def test_options_go_to_the_methods_that_have_them(bed: Path) -> None:
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.eval.beds", "diffusers", "torch", "cmlora.compose"])
+FORK = multiprocessing.get_context("fork")
 QUICK = ("naive", "cmlora@nonuniform")
 KILLS = 30
+PATIENCE = 1800  # seconds; for machines that have other work
 
 
 def same_bytes(out: Path, whole: Path, words: tuple[str, ...]) -> None:
@@ -239,9 +241,10 @@ def same_bytes(out: Path, whole: Path, words: tuple[str, ...]) -> None:
     assert beds.pictures(out) == expected
 
 
-def started(bed: Path | str, out: Path, shard: tuple[int, int]) -> Any:
-    """A shard's process, on its way."""
-    process = CONTEXT.Process(target=beds.work, args=(bed, out, QUICK, shard))
+def started(bed: Path | str, out: Path, shard: tuple[int, int], studio: Any = None) -> Any:
+    """A shard's process, on its way: a new one, or a copy of this one with its open studio."""
+    arguments = (bed, out, QUICK, shard, None, studio)
+    process = (CONTEXT if studio is None else FORK).Process(target=beds.work, args=arguments)
     process.start()
     return process
 
@@ -277,53 +280,49 @@ def test_killed_studies_go_on(bed: Path, whole: Path, tmp_path: Path) -> None:
     finished(bed, whole, tmp_path, 1)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(bed: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function from ``tiny`` or ``emoji`` to a study that nothing interrupted."""
-    made = {"tiny": whole}
-
-    def find(world: str) -> Path:
-        if world not in made:
-            made[world] = tmp_path_factory.mktemp("undisturbed") / world
-            assert beds.work(world, made[world], QUICK).made == 8
-        return made[world]
-
-    return find
+@pytest.fixture(scope="module", params=["tiny", "emoji"])
+def world(request: Any, bed: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A testbed, its studio with everything loaded, and a study that nothing interrupted."""
+    place = bed if request.param == "tiny" else "emoji"
+    torch.set_num_threads(1)  # as processes that are forked need it
+    studio = beds.open_studio(place)
+    whole = tmp_path_factory.mktemp("undisturbed") / "whole"
+    assert beds.work(place, whole, QUICK, studio=studio).made == 8
+    return place, studio, whole
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("world", ["tiny", "emoji"])
-def test_thirty_kills(bed: Path, undisturbed: Any, tmp_path: Path, world: str, count: int) -> None:
-    """At random moments from the start of a process on; several work, and die, side by side."""
-    place, whole = bed if world == "tiny" else "emoji", undisturbed(world)
+def test_thirty_kills(world: Any, tmp_path: Path, count: int) -> None:
+    """At random moments of the work, which goes on at once; several die side by side."""
+    place, studio, whole = world
     rng = random.Random(count)
     killed = 0
     while killed < KILLS:
-        processes = [started(place, tmp_path, (number, count)) for number in range(count)]
+        processes = [started(place, tmp_path, (number, count), studio) for number in range(count)]
         for process in rng.sample(processes, count):
             await_lines(tmp_path, rng.choice((0, 0, 1)), process)
-            time.sleep(rng.uniform(0, 0.8))
+            time.sleep(rng.uniform(0, 0.5))
             alive = process.is_alive()
             kill(process)
             killed += alive
         if lines(tmp_path) == 8:
             for path in (tmp_path / "records").glob("*.jsonl"):
                 path.unlink()  # pictures stay, and are made again over themselves
-    finished(place, whole, tmp_path, count)
+    finished(place, whole, tmp_path, count, studio)
 
 
-def finished(bed: Path | str, whole: Path, out: Path, count: int) -> None:
+def finished(bed: Path | str, whole: Path, out: Path, count: int, studio: Any = None) -> None:
     """After a last undisturbed start of every shard: each job once, and the same bytes."""
-    processes = [started(bed, out, (number, count)) for number in range(count)]
+    processes = [started(bed, out, (number, count), studio) for number in range(count)]
     for process in processes:
-        process.join(300)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     records = rows((out / "records").glob("*.jsonl"))
     assert len({row["key"] for row in records}) == len(records) == 4 * len(QUICK)
     same_bytes(out, whole, QUICK)
     assert not [p for p in (out / "images").rglob("*") if p.is_file() and p.suffix != ".png"]
-    studio = beds.open_studio(bed)
+    studio = studio or beds.open_studio(bed)
     assert pending(Study(out), beds.jobs_in(studio, QUICK)) == []
 
 
