@@ -202,6 +202,7 @@ def _coefficients(study: Study, studio: Studio, job: Job, score: Score | None) -
         guidance_scale=recipe.guidance_scale,
         width=recipe.width,
         height=recipe.height,
+        execution=recipe.execution,
     )
 
 
