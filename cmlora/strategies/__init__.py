@@ -64,9 +64,7 @@ METHODS: Registry[Strategy] = Registry(
         "one pass in which every layer has either subject or style",
         "arXiv:2502.18461",
     ),
-    Entry(
-        "gate", gate, "one pass in which the LoRAs share the places of every layer"
-    ),
+    Entry("gate", gate, "one pass in which the LoRAs share the places of every layer"),
     Entry("select", select, "every place follows the LoRAs that change it most"),
     Entry(
         "delta",
