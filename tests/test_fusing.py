@@ -62,7 +62,8 @@ def test_transformers_are_fused_too() -> None:
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_the_very_same_memory_comes_back(loaded: Any, failing: bool) -> None:
-    places, adapters, before = memory(loaded), state(loaded), tiny.run(loaded)
+    before = tiny.run(loaded)
+    places, adapters = memory(loaded), state(loaded)
     composition = compose(loaded, NAMES, method="composite", execution="fused")
     if failing:
         with pytest.raises(KeyboardInterrupt), composition:
@@ -155,8 +156,15 @@ def test_channels_last_weights_stay_so() -> None:
     torch.testing.assert_close(fused, expected)
 
 
+def own_pipeline() -> Any:
+    """One that no other test sees."""
+    pipe = tiny.sd15()
+    tiny.add_loras(pipe, NAMES)
+    return pipe
+
+
 def test_a_model_that_moves_is_refused() -> None:
-    pipe = pipeline("sd15")
+    pipe = own_pipeline()
     with compose(pipe, NAMES, method="composite", execution="fused"):
         tiny.run(pipe)
         pipe.unet.to(torch.float64)
@@ -165,7 +173,7 @@ def test_a_model_that_moves_is_refused() -> None:
 
 
 def test_an_offloaded_model_is_refused() -> None:
-    pipe = pipeline("sd15")
+    pipe = own_pipeline()
     apply_group_offloading(
         pipe.unet, onload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=False
     )
