@@ -68,7 +68,9 @@ def verdict(summary: Summary, focus: str, metric: str = PLOTTED) -> str:
     return "; ".join(parts) + "."
 
 
-def document(study: Study, summary: Summary, baseline: str, focus: str, plots: list[str]) -> str:
+def document(
+    study: Study, summary: Summary, baseline: str, focus: str, plots: list[str], timed: bool
+) -> str:
     """composition.md."""
     manifest = study.manifest
     seeds = sorted({record.seed for record in summary.records})
@@ -87,9 +89,12 @@ def document(study: Study, summary: Summary, baseline: str, focus: str, plots: l
         *(f"Note: {line}." for line in summary.missing()),
         "## Tables",
     ]
-    known = [metric_of(name) for name in TABLES if name in summary.values]
+    if not timed:
+        parts.insert(2, "No times: the machine had other work.")
+    shown = [name for name in TABLES if timed or name != "seconds"]
+    known = [metric_of(name) for name in shown if name in summary.values]
     quality = [metric for metric in known if metric.name not in ("gmacs", "seconds")]
-    tables: list[Table | None] = [overview_table(summary, quality, baseline)]
+    tables: list[Table | None] = [overview_table(summary, quality, baseline, timed=timed)]
     tables += [metric_table(summary, metric, baseline) for metric in known]
     tables.append(difference_table(summary, metric_of(PLOTTED), baseline))
     tables += [survival_table(summary, mark) for mark in ("instance", "class")]
@@ -108,6 +113,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where to (default: beside this)")
     parser.add_argument("--baseline", help="method that tables compare with (default: merge)")
     parser.add_argument("--focus", help="method that the text is about (default: cmlora)")
+    parser.add_argument(
+        "--untimed", action="store_true", help="leave times out, if the machine had other work"
+    )
     options = parser.parse_args()
     study = Study(options.run)
     summary = summarise(study)
@@ -119,22 +127,29 @@ def main() -> None:
         f"{NAME}_time.svg": quality_against_cost(summary, main_metric, "seconds"),
         f"{NAME}_n.svg": quality_by_size(summary, main_metric),
     }
-    drawn = {name: svg for name, svg in drawn.items() if svg}
+    timed = not options.untimed
+    drawn = {name: svg for name, svg in drawn.items() if svg and (timed or "time" not in name)}
     focus, baseline = focus_of(summary, options.focus), baseline_of(summary, options.baseline)
-    text = document(study, summary, baseline, focus, list(drawn))
+    text = document(study, summary, baseline, focus, list(drawn), timed)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, content in {
         f"{NAME}.md": text,
-        f"{NAME}.csv": long_csv(summary, baseline),
+        f"{NAME}.csv": _lines(long_csv(summary, baseline), timed),
         **drawn,
     }.items():
         with replacing(options.out / name) as file:
             file.write(content.encode())
-    sheet = contact_sheet(study.folder, shelves(summary, 2), tile=96)
+    sheet = contact_sheet(study.folder, shelves(summary, 2), tile=144)
     if sheet is not None:
         with replacing(options.out / f"{NAME}.png") as file:
             sheet.quantize(128).save(file, "PNG", optimize=True)
     print(verdict(summary, focus))
+
+
+def _lines(table: str, timed: bool) -> str:
+    """A CSV with or without its lines about times."""
+    kept = (line for line in table.splitlines(keepends=True) if timed or "seconds" not in line)
+    return "".join(kept)
 
 
 class _Raw(argparse.RawDescriptionHelpFormatter):

@@ -94,13 +94,16 @@ def metric_table(summary: Summary, metric: Metric, baseline: str) -> Table:
     return Table(metric.title, head, rows, note)
 
 
-def overview_table(summary: Summary, metrics: Sequence[Metric], baseline: str) -> Table:
+def overview_table(
+    summary: Summary, metrics: Sequence[Metric], baseline: str, *, timed: bool = True
+) -> Table:
     """A row per method with the means of the main numbers, and what it costs.
 
     Args:
         summary: the numbers.
         metrics: the columns, without costs.
         baseline: what is compared with, in quality and in multiply-accumulates.
+        timed: whether seconds are a column.
     """
     rows = []
     shown = {m.name: {k: summary.cell(m.name, k, None) for k in summary.labels} for m in metrics}
@@ -114,12 +117,18 @@ def overview_table(summary: Summary, metrics: Sequence[Metric], baseline: str) -
             row.append(marked + _sign(summary.differences(m.name, baseline, None).get(label)))
         macs = summary.cell("gmacs", label, None).value
         row += [NONE, NONE] if math.isnan(macs) else [f"{macs:.1f}", f"{macs / price:.2f}"]
-        rows.append([*row, f"{summary.cell('seconds', label, None).value:.2f}"])
+        rows.append([*row, f"{summary.cell('seconds', label, None).value:.2f}"] if timed else row)
     sizes = ", ".join(map(str, summary.sizes))
     sides = [f"{m.title}: {m.better}" for m in metrics]
     return Table(
         "Overview",
-        ["method", *(m.title for m in metrics), "GMACs", f"of `{baseline}`", "seconds"],
+        [
+            "method",
+            *(m.title for m in metrics),
+            "GMACs",
+            f"of `{baseline}`",
+            *(["seconds"] * timed),
+        ],
         rows,
         f"Means over N = {sizes}, every N counting the same, with 95 % bootstrap intervals over "
         f"sets; better is {', '.join(sides)}. {BETTER} better and {WORSE} worse than `{baseline}`, "
