@@ -16,7 +16,6 @@ from scipy import stats
 
 from cmlora.errors import CmloraError
 from cmlora.eval.metrics import metric_of
-from cmlora.eval.paper import beside, published
 from cmlora.eval.report.charts import Point, Series, forest, scatter
 from cmlora.eval.report.gallery import contact_sheet, shelves
 from cmlora.eval.report.plots import front
@@ -367,37 +366,6 @@ def test_the_front_is_what_nothing_beats_at_its_price() -> None:
     assert front(points, metric_of("sharpness")) == []
 
 
-def test_published_tables_beside_a_run(tmp_path: Path) -> None:
-    alone = beside()
-    assert len(alone) == len(published()) == 8
-    cmlora = next(row for row in alone[0].rows if row[0] == "CMLoRA")
-    assert list(cmlora[1:]) == ["published", "35.42", "35.22", "35.21", "34.34", "35.05"]
-    run = make_study(tmp_path / "anime", testbed="composlora-anime", sets=4)
-    shown = beside(run, only=["clip_score"])[0]
-    rows = [row for row in shown.rows if row[1] != "published"]
-    assert {row[0] for row in rows} == {f"`{word}`" for word in WORDS}
-    cell = summarise(run).cell("clip_score", "merge", 2)
-    merge = next(row for row in rows if row[0] == "`merge`")
-    assert merge[1] == "measured, composlora-anime"
-    assert merge[2] == interval_text(cell, 2)
-    assert "published are means with composlora-reality" in shown.note
-    other = make_study(tmp_path / "emoji", sets=2, sizes=(2, 3))
-    shown = beside(other, only=["clip_score"])[0]
-    assert "cannot be compared with them" in shown.note
-    merge = next(row for row in shown.rows if row[0] == "`merge`")
-    assert merge[4:] == ["-", "-", "-"]  # N = 4, N = 5 and the mean were not measured
-    assert "measured none of these cells" in beside(other, only=["zhong_wins"])[0].note
-    with pytest.raises(CmloraError, match="no published table 'table1'"):
-        beside(only=["table1"])
-
-
-def test_published_means_are_those_of_their_rows() -> None:
-    """Except where the source itself has another value; then the cells tell."""
-    table = published()[0]
-    for row in table["rows"]:
-        assert row["values"][-1] == pytest.approx(np.mean(row["values"][:4]), abs=0.011), row
-
-
 def test_the_benchmark_is_written_from_a_run(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -413,3 +381,16 @@ def test_the_benchmark_is_written_from_a_run(
     assert "**concepts found**" in text
     for name in re.findall(r"!\[.*?\]\((\S+)\)", text):
         assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_the_benchmark_can_leave_times_out(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Path(__file__).parent.parent.parent / "benchmarks" / "composition.py"
+    words = [str(script), str(study.folder), "--out", str(tmp_path), "--untimed"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(script), run_name="__main__")
+    text = (tmp_path / "composition.md").read_text()
+    assert "No times: the machine had other work." in text
+    assert "seconds" not in text + (tmp_path / "composition.csv").read_text()
+    assert not (tmp_path / "composition_time.svg").exists()
