@@ -73,7 +73,7 @@ class FusedWeight:
         Raises:
             CmloraError: if somebody else has exchanged the weight, as moving the model does.
         """
-        if self._parameter.data_ptr() != self._present.data_ptr():
+        if self._moved():
             raise CmloraError(
                 "the model's weights were moved while LoRAs are fused into them; move the model "
                 "before composing, or use execution='sequential'"
@@ -81,8 +81,14 @@ class FusedWeight:
         self._parameter.data = self._present = weight
 
     def restore(self) -> None:
-        """Put the original back, the very same memory."""
+        """Put the original back, the very same memory; or its values where the model is now."""
+        if self._moved():
+            self._original = self._original.to(self._parameter)
         self._parameter.data = self._present = self._original
+
+    def _moved(self) -> bool:
+        """Whether somebody else has exchanged the weight since."""
+        return self._parameter.data_ptr() != self._present.data_ptr()
 
 
 def fusable(layer: Any) -> bool:

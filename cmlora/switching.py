@@ -17,6 +17,7 @@ from cmlora.plan import Gate, Strength
 
 _MISSING: Any = object()
 _REMEMBERED = 256
+_GATED = 2  # each holds the factors of all its LoRAs once more
 
 
 _ATTRIBUTES = ("_active_adapter", "_disable_adapters")
@@ -129,7 +130,8 @@ class AdapterSwitch:
         key = tuple(weights.items()), gate
         prepared = self._activations.pop(key, None)
         if prepared is None:
-            while len(self._activations) >= self._room:
+            room = self._room if gate is None else min(self._room, _GATED)
+            while len(self._activations) >= room:
                 del self._activations[next(iter(self._activations))]
             prepared = self._prepare(weights, gate)
         self._activations[key] = prepared  # the one used last stands last
@@ -138,8 +140,8 @@ class AdapterSwitch:
         for weight, value in prepared.exchanged:
             weight.put(value)
         for own, forward in prepared.forwards:
+            self._gated.append(own)  # first, so that an interrupt leaves nothing behind
             own["forward"] = forward
-            self._gated.append(own)
         if not self._direct:
             for layer, _, names, scaling, scales, beside in activation:
                 layer.enable_adapters(beside)

@@ -165,11 +165,15 @@ def own_pipeline() -> Any:
 
 def test_a_model_that_moves_is_refused() -> None:
     pipe = own_pipeline()
+    before = {name: value.double() for name, value in pipe.unet.named_parameters()}
     with compose(pipe, NAMES, method="composite", execution="fused"):
         tiny.run(pipe)
         pipe.unet.to(torch.float64)
         with pytest.raises(CmloraError, match="weights were moved while LoRAs are fused"):
             tiny.run(pipe)
+    for name, value in pipe.unet.named_parameters():
+        assert value.dtype == torch.float64
+        assert torch.equal(value, before[name]), name
 
 
 def test_an_offloaded_model_is_refused() -> None:

@@ -97,6 +97,13 @@ def test_every_place_is_shared_out_as_the_formula_says(layer: str, fused: bool) 
     assert not torch.allclose(alone if x.ndim < 4 else alone.movedim(1, -1), found)
 
 
+def test_strengths_that_change_do_not_pile_up_copies() -> None:
+    switch = AdapterSwitch(net())
+    for step in range(20):
+        switch.activate({"a": 1.0, "b": step / 20, "c": 1.0}, GATE)
+    assert len(switch._activations) == 2
+
+
 def test_one_local_lora_acts_as_it_is() -> None:
     model = net()
     switch, x = AdapterSwitch(model), torch.randn(2, 7, 6)
