@@ -88,7 +88,7 @@ class FusedWeight:
 
     def _moved(self) -> bool:
         """Whether somebody else has exchanged the weight since."""
-        return self._parameter.data_ptr() != self._present.data_ptr()
+        return bool(self._parameter.data_ptr() != self._present.data_ptr())
 
 
 def fusable(layer: Any) -> bool:
