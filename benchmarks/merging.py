@@ -203,12 +203,19 @@ def once(
 
 
 def run(arguments: Sequence[str], limit: float) -> dict[str, float] | None:
-    """One measurement in a process of its own, on one thread; nothing if it takes too long."""
+    """One measurement in a process of its own, on one thread.
+
+    Returns:
+        the numbers; none of them if the decomposition did not converge; ``None`` if it took too
+        long.
+    """
     command, one = [sys.executable, __file__, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=one)
     except subprocess.TimeoutExpired:
         return None
+    if "failed to converge" in done.stderr:
+        return {}
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -219,6 +226,8 @@ def cells(found: Mapping[str, float] | None, size: int, limit: float) -> tuple[s
     """Seconds of the processor, peak memory in units of the files, distance from the exact sum."""
     if found is None:
         return f"not in {limit:.0f} s", "", ""
+    if not found:
+        return "does not converge", "", ""
     return f"{found['cpu']:.2f}", f"{found['peak'] / size:.2f}", f"{found['error']:.4f}"
 
 
@@ -249,12 +258,10 @@ def table(title: str, paths: Sequence[Path], options: argparse.Namespace) -> lis
         mine = cells(own, size, options.limit)
         full, small = (cells(b, size, options.limit) for b in both) if both else (("", "", ""),) * 2
         faster = ""
-        if own and both and both[0]:
-            faster = f"{both[0]['cpu'] / own['cpu']:.1f}"
-            if both[1]:
-                faster += f" / {both[1]['cpu'] / own['cpu']:.1f}"
+        if own and any(both):
+            faster = " / ".join(f"{b['cpu'] / own['cpu']:.1f}" if b else "-" for b in both)
         row = [f"`{method}`", mine[0], full[0], small[0], faster, mine[1], full[1], small[1]]
-        lines.append("| " + " | ".join([*row, mine[2], full[2]]) + " |")
+        lines.append("| " + " | ".join([*row, mine[2], full[2] or small[2]]) + " |")
         print(lines[-1], flush=True)
     return [*lines, ""]
 

@@ -5,8 +5,10 @@ and called once in full and once with a filled cache slot. Attention products ar
 LoRAs' own products are not: they add about rank * (I + O) per token and layer, a few percent.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -133,15 +135,14 @@ def pass_macs(
     Raises:
         CmloraError: if the denoiser is no UNet2DConditionModel or does not have the cut's blocks.
     """
-    model = _on_meta(unet)
-    call = _arguments(model.config, sample_shape, encoder_shape)
-    cache = UNetCache(model, cut)
-    cache.attach()
-    with cache.run("counted", reuse=False):
-        full = _count(model, call, attention)
-    with cache.run("counted", reuse=True):
-        light = _count(model, call, attention)
-    return PassCost(full, light)
+    config = {name: value for name, value in _config(unet).items() if name[0] != "_"}
+    return _counted(
+        json.dumps(config, sort_keys=True, default=str),
+        tuple(sample_shape),
+        tuple(encoder_shape),
+        cut,
+        attention,
+    )
 
 
 def plan_cost(plans: Sequence[Plan], full: int, light: int | None) -> RunCost:
@@ -167,18 +168,36 @@ def plan_cost(plans: Sequence[Plan], full: int, light: int | None) -> RunCost:
     return RunCost(MappingProxyType(fulls), MappingProxyType(lights), macs, len(plans))
 
 
-def _on_meta(unet: Any) -> Any:
-    """A copy of the denoiser with its shapes and without its weights, adapters and hooks."""
+def _config(unet: Any) -> Mapping[str, Any]:
+    """What the denoiser was built from."""
     from diffusers import UNet2DConditionModel
 
-    config = unet if isinstance(unet, Mapping) else unet.config
+    config: Mapping[str, Any] = unet if isinstance(unet, Mapping) else unet.config
     found = config.get("_class_name", type(unet).__name__)
     if not isinstance(unet, Mapping | UNet2DConditionModel) or (
         "_class_name" in config and found != "UNet2DConditionModel"
     ):
         raise CmloraError(f"cost is counted for a UNet2DConditionModel; this denoiser is {found}")
+    return config
+
+
+@lru_cache(maxsize=64)
+def _counted(
+    config: str, sample: tuple[int, ...], encoder: tuple[int, ...], cut: Cut | None, attention: bool
+) -> PassCost:
+    """Count on a copy that has the shapes and none of the weights, adapters and hooks."""
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(dict(config)).eval()
+        model: Any = UNet2DConditionModel.from_config(json.loads(config)).eval()
+    call = _arguments(model.config, sample, encoder)
+    cache = UNetCache(model, cut)
+    cache.attach()
+    with cache.run("counted", reuse=False):
+        full = _count(model, call, attention)
+    with cache.run("counted", reuse=True):
+        light = _count(model, call, attention)
+    return PassCost(full, light)
 
 
 def _arguments(

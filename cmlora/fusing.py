@@ -14,15 +14,20 @@ from cmlora.errors import CmloraError
 _OFFLOADING = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 
 
+def resident(module: nn.Module) -> bool:
+    """Whether nothing else moves a model's weights about, as offloading does."""
+    hooks = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
+    moved = any(name in hook.hooks for hook in hooks if hook for name in _OFFLOADING)
+    return not moved and not any(hasattr(m, "_hf_hook") for m in module.modules())
+
+
 def check_resident(module: nn.Module) -> None:
     """See that nothing else moves a model's weights about.
 
     Raises:
         CmloraError: if offloading is on, which exchanges the weights by itself.
     """
-    hooks = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
-    moved = any(name in hook.hooks for hook in hooks if hook for name in _OFFLOADING)
-    if moved or any(hasattr(m, "_hf_hook") for m in module.modules()):
+    if not resident(module):
         raise CmloraError(
             "execution='fused' keeps weights of its own for every LoRA, and offloading moves them "
             "away; use execution='sequential', or leave the model on its device"
@@ -103,3 +108,10 @@ def fusable(layer: Any) -> bool:
     turned = getattr(layer, "fan_in_fan_out", False)
     plain = not (layer.lora_variant or any(layer.lora_bias.values()) or turned)
     return plain and base.weight.is_floating_point() and getattr(base, "groups", 1) == 1
+
+
+def copied(module: nn.Module) -> int:
+    """Bytes of one copy of all weights that LoRAs of a model can be fused into."""
+    layers: list[Any] = [layer for layer in module.modules() if fusable(layer)]
+    weights: list[Tensor] = [layer.base_layer.weight for layer in layers]
+    return sum(weight.numel() * weight.element_size() for weight in weights)

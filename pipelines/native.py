@@ -1,13 +1,15 @@
-"""What a model was made for: the guidance scale and the size of its own pictures."""
+"""What a model was made for: its guidance scale, the size of its pictures, how its passes run."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 from cmlora import denoisers
+from cmlora.fusing import copied, resident
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.models import EMBEDDED
 
 _USUAL = 1024  # pixels, where a model does not say
+_COPIES = 2**28  # bytes of weights that nobody misses
 
 
 def native_guidance(pipe: CMLoRAPipeline) -> float:
@@ -34,6 +36,13 @@ def native_size(pipe: Any) -> tuple[int, int]:
     side = side or _USUAL // factor
     height, width = side if isinstance(side, list | tuple) else (side, side)
     return width * factor, height * factor
+
+
+def native_execution(pipe: CMLoRAPipeline) -> Literal["sequential", "fused"]:
+    """How passes run best: with LoRAs fused into copies of a small model's weights, else beside."""
+    models = denoisers.find(pipe.pipe).values()
+    copies = sum(map(copied, models)) * (len(pipe.loras) + 1)
+    return "fused" if 0 < copies <= _COPIES and all(map(resident, models)) else "sequential"
 
 
 def unit(pipe: Any) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cmlora.plan import Strategy
 
 _PREVIEW_EVERY = 0.2  # seconds; more often than that nobody sees it
+_PREVIEW_SHARE = 8  # times as long as a preview takes, nothing is drawn after it
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def recipe_of(pipe: CMLoRAPipeline, order: Order, ticket: Ticket, tell: Tell, ou
     Raises:
         CmloraError: if there is no prompt and no trigger word either, or the model refuses.
     """
+    from cmlora.pipelines.native import native_execution
     from cmlora.pipelines.render import write_recipe
 
     words = [w for lora in pipe.loras.values() for w in lora.applied.triggers[:1]]
@@ -176,6 +178,8 @@ def recipe_of(pipe: CMLoRAPipeline, order: Order, ticket: Ticket, tell: Tell, ou
         raise CmloraError(
             "there is no prompt, and the LoRAs name no trigger words; say what to draw"
         )
+    if not wish.schedule:  # changing strengths would have the weights added anew at every step
+        wish = replace(wish, execution=native_execution(pipe))
     if wish.method == "lorahub" and "coefficients" not in (wish.options or {}):
         wish = _searched(pipe, wish, ticket, tell, out)
     return write_recipe(pipe, wish)
@@ -211,16 +215,18 @@ def paint(
     place = studio.settings.out if folder is None else folder
     place.mkdir(parents=True, exist_ok=True)
     previewer = Previewer(pipe.pipe)
-    shown = -_PREVIEW_EVERY
+    due = 0.0
 
     def stepped(index: int, latents: Any) -> None:
-        nonlocal shown
+        nonlocal due
         ticket.check()
         clock.tick()
-        now = time.monotonic()
-        draw = now - shown >= _PREVIEW_EVERY
-        shown = now if draw else shown
+        begun = time.monotonic()
+        draw = begun >= due
         seen = previewer.see(index, latents, draw=draw)
+        if draw:
+            ended = time.monotonic()
+            due = ended + max(_PREVIEW_EVERY, _PREVIEW_SHARE * (ended - begun))
         tell(
             Progress(
                 clock.done,

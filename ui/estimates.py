@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from cmlora.cost import PassCost
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_CACHED: dict[tuple[Any, ...], PassCost] = {}
 
 
 @dataclass(frozen=True)
@@ -123,28 +122,25 @@ def _cells(values: Mapping[str, tuple[str, str]]) -> str:
 
 
 def _pass_cost(fit: Natives, order: Order) -> PassCost | None:
-    """Both kinds of pass at the order's size, counted once."""
+    """Both kinds of pass at the order's size."""
     from cmlora.cost import pass_macs, shapes
 
     if fit.unet is None or fit.size is None:
         return None
     width, height = order.width or fit.size[0], order.height or fit.size[1]
     guided = (fit.guidance if order.guidance is None else order.guidance) > 1
-    key = (repr(sorted(fit.unet.items(), key=lambda item: item[0])), width, height, guided)
-    if key not in _CACHED:
-        try:
-            sample, encoder = shapes(
-                fit.unet,
-                int(height),
-                int(width),
-                batch=2 if guided else 1,
-                scale=fit.scale,
-                tokens=fit.tokens,
-            )
-            _CACHED[key] = pass_macs(fit.unet, sample, encoder)
-        except CmloraError:
-            return None
-    return _CACHED[key]
+    try:
+        sample, encoder = shapes(
+            fit.unet,
+            int(height),
+            int(width),
+            batch=2 if guided else 1,
+            scale=fit.scale,
+            tokens=fit.tokens,
+        )
+        return pass_macs(fit.unet, sample, encoder)
+    except CmloraError:
+        return None
 
 
 def _memory(studio: Studio, order: Order, fit: Natives, slots: int) -> int | None:

@@ -181,6 +181,11 @@ class Tickets:
         self._asked: dict[str, int] = {}
         self._withdrawn: dict[str, int] = {}
 
+    @property
+    def held(self) -> bool:
+        """Whether anybody's work is running or waits for the model."""
+        return bool(self._held)
+
     def ask(self, visitor: str) -> int:
         """The number of a request that will wait in the queue before it takes its ticket."""
         with self._lock:

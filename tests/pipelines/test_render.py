@@ -10,6 +10,7 @@ from diffusers import EulerDiscreteScheduler
 from cmlora.errors import CmloraError
 from cmlora.frequency.card import Profile, write_card
 from cmlora.frequency.profile import base_id
+from cmlora.pipelines.native import native_execution
 from cmlora.pipelines.render import Wish, assemble, pass_cost, render, restore, write_recipe
 from cmlora.recipe import Recipe
 from tests import disk
@@ -117,3 +118,23 @@ def test_guidance_decides_the_batch_that_is_counted(model_folder: Path, lora_fol
     assert guided is not None
     assert free is not None
     assert guided.full == pytest.approx(2 * free.full, rel=0.01)
+
+
+def test_small_models_keep_fused_copies_and_others_do_not(
+    model_folder: Path, lora_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = assemble(model_folder, [("cat", 1.0)], folder=lora_folder)
+    assert native_execution(pipe) == "fused"
+    layers = [layer for layer in pipe.pipe.unet.modules() if hasattr(layer, "lora_A")]
+    copy = sum(layer.base_layer.weight.numel() * 4 for layer in layers)
+    monkeypatch.setattr("cmlora.pipelines.native._COPIES", 2 * copy)
+    assert native_execution(pipe) == "fused"
+    monkeypatch.setattr("cmlora.pipelines.native._COPIES", 2 * copy - 1)
+    assert native_execution(pipe) == "sequential"
+    monkeypatch.undo()
+    pipe.pipe.unet._hf_hook = "offloaded"
+    assert native_execution(pipe) == "sequential"
+
+
+def test_without_loras_there_is_nothing_to_fuse(model_folder: Path) -> None:
+    assert native_execution(assemble(model_folder, ())) == "sequential"

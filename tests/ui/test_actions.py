@@ -30,13 +30,18 @@ def test_a_picture_is_what_the_library_makes_of_the_same_wish(
     (picture,) = made(warm)
 
     pipe = assemble(model_folder, [("cat", 1.0), ("hat", 0.8)], folder=lora_folder)
-    wish = Wish("the cat, the hat", steps=3, seed=7)
+    wish = Wish("the cat, the hat", steps=3, seed=7, execution="fused")
     alone = render(pipe, write_recipe(pipe, wish))
 
     assert _pixels(picture.path) == alone.image.tobytes()
     assert from_png(picture.path) == picture.recipe
     assert picture.recipe.model == "tiny"  # and not where the model is on this machine
     assert str(model_folder) not in picture.path.read_bytes().decode("latin-1")
+
+
+def test_loras_are_fused_where_strengths_stay(warm: Studio) -> None:
+    (constant,), (changing,) = made(warm), made(warm, schedule="<lora:cat:0@0,1@1>")
+    assert (constant.recipe.execution, changing.recipe.execution) == ("fused", "sequential")
 
 
 def test_pictures_of_a_batch_have_seeds_of_their_own(warm: Studio) -> None:
@@ -58,6 +63,7 @@ def test_progress_counts_every_step_and_shows_previews(warm: Studio) -> None:
 
 def test_watching_changes_no_bit(warm: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cmlora.ui.actions._PREVIEW_EVERY", 0.0)
+    monkeypatch.setattr("cmlora.ui.actions._PREVIEW_SHARE", 0)
     (watched,) = made(warm, sampler="Euler a")
     monkeypatch.setattr("cmlora.ui.actions._PREVIEW_EVERY", 1e9)
     (unwatched,) = made(warm, sampler="Euler a")

@@ -124,6 +124,25 @@ def test_requests_at_once_are_answered_in_order_and_not_mixed_up(
         assert from_png(file).seed == request["seed"]
 
 
+def test_twenty_jobs_of_a_client_at_once_each_get_their_own_picture(
+    client: Any, model_folder: Path, lora_folder: Path, tmp_path: Path
+) -> None:
+    requests = [
+        {**REQUEST, "steps": 1, "seed": seed, "method": ("merge", "cmlora", "switch")[seed % 3]}
+        for seed in range(300, 320)
+    ]
+    jobs = [client.submit(request, api_name="/generate") for request in requests]
+    answers = [job.result(timeout=300) for job in jobs]
+
+    alone = Studio(Settings(models=(model_folder,), loras=(lora_folder,), out=tmp_path / "out"))
+    for request, (picture,) in zip(requests, answers, strict=True):
+        changes = {key: value for key, value in request.items() if key != "model"}
+        (expected,) = made(alone, **changes)
+        file = picture["file"] if isinstance(picture["file"], str) else picture["file"]["path"]
+        assert picture["recipe"]["seed"] == request["seed"]
+        assert Path(file).read_bytes() == expected.path.read_bytes()
+
+
 def test_a_client_generates_compares_and_replays(
     client: Any, server: Server, tmp_path: Path
 ) -> None:
