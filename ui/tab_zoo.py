@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from cmlora.ui import zoo_files, zoo_measure, zoo_merge, zoo_packs
+from cmlora.ui import zoo_files, zoo_measure, zoo_merge, zoo_packs, zoo_survey
 from cmlora.ui.panels import message
 from cmlora.ui.rail import Rail
 from cmlora.ui.studio import Studio
@@ -23,11 +23,13 @@ def build(studio: Studio, rail: Rail) -> None:
     stopped = gr.HTML("", elem_id="zoo-said")
     merging = zoo_merge.draw(studio)
     files = zoo_files.draw(studio)
+    shelves = zoo_survey.draw()
     measuring = zoo_measure.draw(studio)
     packing = zoo_packs.draw(studio)
     bench = Bench(studio, rail, files.lora)
     zoo_merge.wire(bench, merging)
     zoo_files.wire(bench, files)
+    zoo_survey.wire(bench, shelves)
     zoo_measure.wire(bench, measuring, merging.calib)
     zoo_packs.wire(bench, packing)
 

@@ -1,23 +1,28 @@
 """What the Zoo asks the model, or keeps in files of its own, is what the library makes."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from cmlora.adapters.analysis.library import survey
 from cmlora.adapters.calibration import load
 from cmlora.adapters.merging import merge as combine
 from cmlora.errors import CmloraError
 from cmlora.files import read
-from cmlora.ui import calibrations, learned, packs, pairs, zoo_measure
+from cmlora.ui import calibrations, learned, packs, pairs, zoo_measure, zoo_survey
 from cmlora.ui.baking import bake
 from cmlora.ui.jobs import Event, Progress, Result, Stopped, Ticket
 from cmlora.ui.learned import Task, learn
 from cmlora.ui.pairs import Alignment, align
+from cmlora.ui.settings import Settings
 from cmlora.ui.studio import Studio
+from cmlora.ui.surveys import Survey, look_over
 from cmlora.ui.workbench import merge
 from cmlora.ui.writing import Made
 from cmlora.ui.zoo_merge import needs
@@ -205,3 +210,29 @@ def test_two_loras_are_compared(warm: Studio, on_model: bool) -> None:
     with pytest.raises(CmloraError, match="exactly two"):
         align(warm, "tiny", {"cat": 1.0}, Ticket())
     assert pairs.missing(2) == ""
+
+
+def test_a_shelf_is_looked_over_and_what_does_not_fit_is_named(
+    model_folder: Path, lora_folder: Path, tmp_path: Path
+) -> None:
+    shelf = tmp_path / "shelf"
+    shutil.copytree(lora_folder, shelf)
+    shutil.copy(shelf / "cat.safetensors", shelf / "kitten.safetensors")
+    (shelf / "torn.safetensors").write_bytes(b"torn")
+    studio = Studio(Settings(models=(model_folder,), loras=(shelf,), out=tmp_path / "out"))
+    (event,) = [e for e in look_over(studio, "tiny", Ticket()) if isinstance(e, Result)]
+    found: Survey = event.value
+    paths = [path for path in sorted(shelf.glob("*.safetensors")) if path.stem != "torn"]
+    expected = survey([replace(read(path), name=path.stem) for path in paths])
+    assert found.library.names == expected.names
+    assert torch.equal(found.library.similarity, expected.similarity)
+    assert found.library.duplicates == (("cat", "kitten"),)
+    assert list(found.left_out) == ["torn"]
+    assert str(shelf) not in found.left_out["torn"]
+    page = zoo_survey.survey_html(found)
+    assert "cat and kitten are one LoRA." in page
+    assert "torn was left out" in page
+    assert all(f"<td>{name}</td>" in page for name in expected.names)
+    empty = Studio(Settings(models=(model_folder,), out=tmp_path / "out"))
+    with pytest.raises(CmloraError, match="0 LoRAs"):
+        look_over(empty, "tiny", Ticket())
