@@ -10,6 +10,13 @@ from cmlora.lora import LoRA
 
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
+UNKNOWN = "an unknown family"
+"""Of a file that says nothing of its model."""
+TRANSFORMER = "a diffusion transformer"
+"""Any of several."""
+UNETS = tuple(_WIDTHS.values())
+"""Families whose denoiser is a UNet."""
+
 _NAMES = (
     ("sdxl", "Stable Diffusion XL"),
     ("stable-diffusion-xl", "Stable Diffusion XL"),
@@ -76,7 +83,7 @@ def of_lora(lora: LoRA, table: str | None = None, widths: Mapping[str, int] | No
     if "unet" in parts and "text_encoder_2" in parts:
         return _WIDTHS[2048]
     dit = parts & {"transformer", "transformer_2"}
-    return "a diffusion transformer" if dit else "an unknown family"
+    return TRANSFORMER if dit else UNKNOWN
 
 
 def of_pipe(pipe: Any) -> str:
@@ -84,7 +91,7 @@ def of_pipe(pipe: Any) -> str:
     unet = getattr(pipe, "unet", None)
     if unet is None:
         transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
-        return "an unknown family" if transformer is None else type(transformer).__name__
+        return UNKNOWN if transformer is None else type(transformer).__name__
     width = unet.config.cross_attention_dim
     return _by_width(width if isinstance(width, int) else next(iter(width)))
 

@@ -9,7 +9,7 @@ from cmlora import family
 from cmlora.errors import CmloraError
 from cmlora.lora import TEXT_ENCODERS, LoRA
 
-UNKNOWN = "an unknown family"
+UNKNOWN = family.UNKNOWN
 
 BASES = {
     "sd1": "Stable Diffusion 1.x",

@@ -23,12 +23,19 @@ def check_values(loras: Sequence[LoRA]) -> None:
                     raise CmloraError(f"{lora.name}: {module} ({role}) holds NaN or infinity")
             if not math.isfinite(update.scale):
                 raise CmloraError(f"{lora.name}: the scale of {module} is {update.scale}")
-        found = family.of_lora(lora)
-        if not found.startswith("a"):  # "an unknown family", "a diffusion transformer"
-            families.setdefault(found, lora.name)
+        families.setdefault(family.of_lora(lora), lora.name)
+    families.pop(family.UNKNOWN, None)
+    transformers = [found for found in families if not _unet(found)]
+    if len(transformers) > 1:  # one of them may be the other
+        families.pop(family.TRANSFORMER, None)
     if len(families) > 1:
         each = ", ".join(f"{name} is for {found}" for found, name in families.items())
         raise CmloraError(f"these LoRAs are for different models: {each}")
+
+
+def _unet(found: str) -> bool:
+    """Whether a family's denoiser is a UNet."""
+    return found.startswith(("a UNet", *family.UNETS))
 
 
 def check_shape(module: str, named: Sequence[tuple[str, Update]]) -> None:

@@ -139,6 +139,9 @@ def test_scales_of_a_rank_stabilised_file_are_baked_in(tmp_path: Path) -> None:
         (["--out", "there.txt"], "should end in .safetensors"),
         (["--out", "nowhere/there.safetensors"], "the folder nowhere does not exist"),
         (["nan"], "holds NaN"),
+        (["inf"], "holds NaN or infinity"),
+        (["empty"], "is empty"),
+        (["flux"], "FLUX"),
         (["wide"], "different models"),
         (["missing"], "not found"),
         (["cut"], "cut short"),
@@ -153,15 +156,25 @@ def test_mistakes(lora_folder: Path, tmp_path: Path, arguments: list[str], messa
     tensors = load_file(tmp_path / "cat.safetensors")
     tensors[min(tensors)].fill_(torch.nan)
     save_file(tensors, tmp_path / "nan.safetensors")
+    tensors = load_file(tmp_path / "cat.safetensors")
+    tensors[max(tensors)].view(-1)[3] = -torch.inf
+    save_file(tensors, tmp_path / "inf.safetensors")
+    (tmp_path / "empty.safetensors").touch()
+    layer = "transformer.single_transformer_blocks.0.attn.to_q"
+    factors = {"lora_A": torch.ones(2, 3072), "lora_B": torch.ones(3072, 2)}
+    flux = {f"{layer}.{name}.weight": factor for name, factor in factors.items()}
+    save_file(flux, tmp_path / "flux.safetensors")
     disk.save_lora(tmp_path, "wide", wide=2)
     before = sorted(path.name for path in tmp_path.iterdir())
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "never.safetensors")]
     said = complaint(["merge", "cat", "hat", "--lora-dir", tmp_path, *out, *arguments])
     assert message in said
-    if arguments == ["nan"]:
-        key = min(tensors).partition(".lora_")[0]
-        assert key in said
-        assert "nan" in said
+    if arguments in (["nan"], ["inf"]):
+        edge = min if arguments == ["nan"] else max
+        assert edge(tensors).partition(".lora_")[0] in said
+        assert arguments[0] in said
+    if arguments == ["flux"]:
+        assert "a UNet for text of width" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
