@@ -222,8 +222,14 @@ def compose(
             if features is not None:
                 stack.callback(features.detach)
                 features.attach()
+            own = switches[name]
             hook = CompositionHook(
-                run, switch=switches[name], cache=features, prompts=prompts, execution=execution
+                run,
+                switch=own,
+                cache=features,
+                prompts=prompts,
+                execution=execution,
+                absent={lora for each in switches.values() for lora in each.names} - {*own.names},
             )
             stack.callback(Attachment(model, hook, HOOK).remove)
             forget_children(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,8 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         execution: ``sequential``, ``batched`` (the passes with one LoRA each in one call),
             ``auto``, as many in one call as there is memory for, or ``fused``, where the switch
             exchanges whole weights.
+        absent: LoRAs that act in another denoiser of the pipeline and not in this one, where a pass
+            for them would be one of the base model.
     """
 
     _is_stateful = True
@@ -74,6 +76,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         cache: FeatureCache | None = None,
         prompts: Prompts | None = None,
         execution: Execution = "sequential",
+        absent: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.contexts = StateManager(_NoState)
@@ -82,6 +85,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         self._cache = cache
         self._prompts = prompts
         self._execution = execution
+        self._absent = frozenset(absent)
         self._kind = Kind("")
         self._positions: dict[str, int] = {}
         self._others: Contexts | None = None
@@ -133,7 +137,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         latent = None if sample is None else maps.unpack(sample)
         call = Call(args, kwargs, tick, context, sample, None)
         call = call._replace(guidance=self._guidance(call))
-        plan = self._run.plan(tick, latent, call.guidance)
+        plan = self._run.plan(tick, latent, call.guidance, self._absent)
         if len(plan.passes) > 1 and kwargs.get("kv_cache_mode") is not None:
             raise CmloraError(
                 "kv_cache holds the keys and values of one LoRA; LoRAs cannot share it: use a "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -138,13 +138,20 @@ class Run:
         self._timestep = tick.timestep
         return tick
 
-    def plan(self, tick: Tick, sample: Tensor | None, guidance: float | None = None) -> Plan:
+    def plan(
+        self,
+        tick: Tick,
+        sample: Tensor | None,
+        guidance: float | None = None,
+        absent: Collection[str] = (),
+    ) -> Plan:
         """What to run at a call; the strategy is asked once per step.
 
         Args:
             tick: where the run is.
             sample: what goes into the denoiser, (B, C, H, W).
             guidance: see `Step`.
+            absent: LoRAs that have no part in this denoiser.
         """
         if not tick.repeated:
             self._steps += 1
@@ -160,7 +167,12 @@ class Run:
                 guidance=guidance,
                 changes=self._changes,
             )
-            self._plan = self._strategy(step, self._members, self.policy, **self._options)
+            members = tuple(m for m in self._members if m.name not in absent)
+            self._plan = (
+                self._strategy(step, members, self.policy, **self._options)
+                if members or not self._members
+                else _EMPTY
+            )
         return self._plan
 
     def observed(self, values: Mapping[str, float]) -> None:

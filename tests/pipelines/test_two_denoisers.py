@@ -46,6 +46,12 @@ def draw(family: Family, pipe: CMLoRAPipeline, **options: Any) -> torch.Tensor:
     return wrapped.run(composition="composite", cache="none", **options)
 
 
+def passes(pipe: CMLoRAPipeline) -> dict[str, float]:
+    """Full passes of the last run."""
+    assert pipe.report is not None
+    return dict(pipe.report.full)
+
+
 def theirs(load: Callable[[Any], None], **weights: float) -> torch.Tensor:
     """The picture of diffusers' loader with one adapter, at a strength in each denoiser."""
     family, _ = fresh()
@@ -103,7 +109,7 @@ def test_two_files_are_one_lora_with_a_strength_in_each(files: dict[str, Path]) 
     again = draw(family, pipe, lora_weights={"style": 1.0})
     assert_near(again, theirs(load, transformer=1.0, transformer_2=0.5))
     assert pipe.report is not None
-    assert set(pipe.report.full) == {"style"}
+    assert set(passes(pipe)) == {"style"}
 
 
 def test_whole_matrices_go_the_same_way(files: dict[str, Path], tmp_path: Path) -> None:
@@ -121,6 +127,27 @@ def test_whole_matrices_go_the_same_way(files: dict[str, Path], tmp_path: Path) 
         other.pipe.transformer_2.get_submodule(stem).weight.add_(0.5 * delta)
     other.pipe.transformer.requires_grad_(False)
     assert_near(result, other.run())
+
+
+def test_a_lora_has_passes_where_it_acts_only(files: dict[str, Path]) -> None:
+    """One in each denoiser: composing them is running each where it is."""
+    family, pipe = fresh()
+    pipe.load_lora_weights(files["ink"], "high", into="transformer")
+    pipe.load_lora_weights(files["alice"], "low", into="transformer_2")
+    results = [draw(family, pipe)]
+    assert set(passes(pipe)) == {"high", "low"}
+    calls = sum(passes(pipe).values())
+    wrapped = Family(pipe, family.denoisers, family.call)
+    for method in ("merge", "switch", "cmlora"):
+        results.append(wrapped.run(composition=method, cache="none"))
+        assert sum(passes(pipe).values()) == calls
+    for result in results[1:]:
+        assert_near(result, results[0])
+
+    other, alone = fresh()
+    alone.load_lora_weights(files["ink"], "high", into="transformer")
+    assert not torch.allclose(draw(other, alone), results[0], rtol=1e-3, atol=1e-4)
+    assert set(passes(alone)) == {"high", "base"}
 
 
 def test_a_pipeline_with_nothing_but_the_second(files: dict[str, Path]) -> None:
