@@ -116,9 +116,12 @@ def main() -> None:
     parser.add_argument(
         "--untimed", action="store_true", help="leave times out, if the machine had other work"
     )
+    parser.add_argument(
+        "--methods", default="", help="which, comma-separated (default: all that were run)"
+    )
     options = parser.parse_args()
     study = Study(options.run)
-    summary = summarise(study)
+    summary = summarise(study, [label for label in options.methods.split(",") if label])
     if PLOTTED not in summary.values:
         parser.error(f"the run has no {PLOTTED}: cmlora evaluate score {options.run}")
     main_metric = metric_of(PLOTTED)

@@ -15,7 +15,7 @@ from cmlora.errors import CmloraError
 from cmlora.eval.manifest import Concept, Manifest, read_manifest
 from cmlora.files import describe
 
-SHIPPED = ("emoji", "composlora-anime", "composlora-reality")
+SHIPPED = ("emoji", "emoji-unbiased", "composlora-anime", "composlora-reality")
 FILE = "testbed.json"
 SUFFIXES = (".json", ".yaml", ".yml")
 _NAMES = (

@@ -41,7 +41,7 @@ def find(
 
 
 def ids(model: str | Path | None = None, folder: str | Path | None = None) -> dict[str, Path]:
-    """Every LoRA that has a short name: the embedded ones, then those in `folder`.
+    """Every LoRA that has a short name: the embedded ones of both series, then those in `folder`.
 
     Raises:
         CmloraError: if `folder` is not there.
@@ -51,6 +51,8 @@ def ids(model: str | Path | None = None, folder: str | Path | None = None) -> di
         from cmlora.emoji import weights
 
         found |= {name: weights.lora_path(name) for name in weights.LORAS}
+        for path in (weights.lora_path(name, "unbiased") for name in weights.LORAS):
+            found |= {f"unbiased/{path.stem}": path, f"unbiased/{path.name}": path}
     if folder is not None:
         inside = Path(folder).expanduser()
         if not inside.is_dir():

@@ -1,6 +1,8 @@
 """The shipped weights, end to end: what the parts promise, and compositions on the real thing."""
 
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from cmlora.cli.app import app
 from cmlora.emoji import clip, probe, report, truth
 from cmlora.emoji.captions import caption
 from cmlora.emoji.scenes import pictures, render, scene_of
-from cmlora.emoji.weights import GUIDANCE, LORAS, lora_path, model_path
+from cmlora.emoji.weights import GUIDANCE, LORAS, Series, lora_path, model_path
 from cmlora.emoji.world import BY_CONCEPT
 from cmlora.files import read
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
@@ -51,8 +53,8 @@ def test_everything_is_shipped_small_and_in_half_precision() -> None:
     files = [p for p in folder.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 80e6
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
-    for name in LORAS:
-        lora = read(lora_path(name))
+    for name, series in product(LORAS, get_args(Series)):
+        lora = read(lora_path(name, series))
         assert lora.updates
         element = BY_CONCEPT[name]
         assert lora.metadata["cmlora.category"] == element.category
@@ -104,11 +106,14 @@ def test_base_draws_what_the_prompt_says(plain: StableDiffusionPipeline) -> None
     assert np.mean(list(marks.values())) >= 0.85
 
 
-@pytest.mark.parametrize("concept", ["character_1", "object_1"])
+@pytest.mark.parametrize(
+    ("concept", "series"),
+    [("character_1", "biased"), ("object_1", "biased"), ("background_1", "unbiased")],
+)
 def test_lora_draws_its_concept_and_the_base_does_not(
-    plain: StableDiffusionPipeline, concept: str
+    plain: StableDiffusionPipeline, concept: str, series: Series
 ) -> None:
-    marks = report.concept_accuracy(plain, probe.load(), concept, "biased", 6)
+    marks = report.concept_accuracy(plain, probe.load(), concept, series, 6)
     assert marks["lora"] >= 0.75
     assert marks["without_instance"] <= 0.25
 
@@ -193,10 +198,11 @@ def test_a_picture_is_made_again_from_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("series", get_args(Series))
 def test_every_lora_draws_its_concept_and_the_base_its_class(
-    plain: StableDiffusionPipeline,
+    plain: StableDiffusionPipeline, series: Series
 ) -> None:
-    rows = {c: report.concept_accuracy(plain, probe.load(), c, "biased", 20) for c in LORAS}
+    rows = {c: report.concept_accuracy(plain, probe.load(), c, series, 20) for c in LORAS}
     assert all(row["lora"] >= 0.9 for row in rows.values()), rows
     assert all(row["without_instance"] <= 0.1 for row in rows.values()), rows
     assert all(row["without_class"] >= 0.8 for row in rows.values()), rows

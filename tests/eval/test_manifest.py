@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ def test_the_emoji_testbed_is_the_world_it_was_made_of() -> None:
         assert lora.name == element.name
     for size in range(2, 6):
         assert bed.combinations(size) == world.sets(size)
+
+
+def test_the_unbiased_testbed_differs_in_its_files_only() -> None:
+    bed, other = find_testbed("emoji"), find_testbed("emoji-unbiased")
+    places = [weights_of(lora, other, None) for lora in other.loras]
+    assert places == [weights.lora_path(name, "unbiased") for name in weights.LORAS]
+    assert [replace(lora, file="") for lora in other.loras] == list(bed.loras)
+    assert replace(other, name=bed.name, note=bed.note, loras=bed.loras) == bed
 
 
 def test_settings_of_the_field() -> None:
