@@ -16,7 +16,7 @@ RANK = 2
 @cache
 def _shapes() -> dict[str, tuple[int, int]]:
     """Every attention projection of the tiny UNet: (out features, in features)."""
-    linear = (m for m in tiny.unet_sd15().named_modules() if isinstance(m[1], torch.nn.Linear))
+    linear = (m for m in tiny.sd15().unet.named_modules() if isinstance(m[1], torch.nn.Linear))
     return {
         name: (layer.out_features, layer.in_features)
         for name, layer in linear

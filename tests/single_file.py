@@ -40,7 +40,7 @@ _VAE = {
 
 
 def save_single_file(pipe: Any, path: Path) -> Path:
-    """Write a Stable Diffusion 1.5 pipeline with two layers per UNet block."""
+    """Write a Stable Diffusion 1.5 pipeline."""
     parts = {
         "model.diffusion_model.": {_unet(k, pipe.unet): v for k, v in _state(pipe.unet)},
         "first_stage_model.": {_vae(k, pipe.vae): v for k, v in _state(pipe.vae)},
@@ -62,15 +62,16 @@ def _unet(key: str, unet: Any) -> str:
     block = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(conv\.)?", key)
     if block:
         level, index, rest = int(block[2]), int(block[4]), key[block.end() :]
+        many = unet.config.layers_per_block + 1
         if block[3] in ("resnets", "attentions"):
             place, first = ("input", 1) if block[1] == "down" else ("output", 0)
             part = 0 if block[3] == "resnets" else 1
-            key = f"{place}_blocks.{first + 3 * level + index}.{part}.{block[5] or ''}{rest}"
+            key = f"{place}_blocks.{first + many * level + index}.{part}.{block[5] or ''}{rest}"
         elif block[3] == "downsamplers":
-            key = f"input_blocks.{3 * level + 3}.0.op.{rest}"
+            key = f"input_blocks.{many * (level + 1)}.0.op.{rest}"
         else:
             attends = hasattr(unet.up_blocks[level], "attentions")
-            key = f"output_blocks.{3 * level + 2}.{2 if attends else 1}.conv.{rest}"
+            key = f"output_blocks.{many * (level + 1) - 1}.{2 if attends else 1}.conv.{rest}"
     names = "|".join(_RESNET)
     place = r"((?:input_blocks|output_blocks)\.\d+\.0\.|middle_block\.[02]\.)"
     return re.sub(rf"^{place}({names})\.", lambda m: f"{m[1]}{_RESNET[m[2]]}.", key)

@@ -149,7 +149,7 @@ def test_every_lora_is_watched_at_work(measured: Calibration, lora_folder: Path)
     assert sampled.inputs is not None
     assert sampled.outputs is not None
     assert len(sampled.inputs) == 256
-    weight = tiny.unet_sd15().get_submodule(first.removeprefix("unet.")).weight
+    weight = tiny.sd15().unet.get_submodule(first.removeprefix("unet.")).weight
     assert torch.allclose(sampled.inputs @ weight.T, sampled.outputs, atol=1e-4)
 
 

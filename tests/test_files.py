@@ -29,7 +29,7 @@ FORMATS: dict[str, Callable[[LoRA], dict[str, Tensor]]] = {
 
 @pytest.fixture(scope="module")
 def sample() -> LoRA:
-    return trainers.lora(tiny.sd15())
+    return trainers.lora(tiny.sd15(**tiny.WHOLE))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_every_form_gives_the_same_deltas(form: str, sample: LoRA, tmp_path: Pat
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_kohya_and_diffusers_files_are_one_lora(family: str, tmp_path: Path) -> None:
-    pipe = getattr(tiny, family)()
+    pipe = getattr(tiny, family)(**tiny.WHOLE)
     lora = trainers.lora(pipe, name="k")
     rename = trainers.ldm_names(pipe.unet)
     ldm = files.read(trainers.save(trainers.kohya(lora, rename), tmp_path / "k.safetensors"))

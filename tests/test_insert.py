@@ -19,7 +19,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
 def build(family: str) -> Any:
-    return getattr(tiny, family)()
+    return getattr(tiny, family)(**tiny.WHOLE)
 
 
 def fingerprint(pipe: Any) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from tests import tiny, trainers
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def pipe(request: pytest.FixtureRequest) -> Any:
-    return getattr(tiny, request.param)()
+    return getattr(tiny, request.param)(**tiny.WHOLE)
 
 
 def test_every_module_survives_kohyas_flattening(pipe: Any) -> None:

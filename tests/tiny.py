@@ -1,7 +1,7 @@
 """Tiny real models, built in code from fixed seeds: a few thousand weights, no download.
 
-They have the module tree of the real ones (Stable Diffusion 1.5 and XL), so everything that
-depends on names, block types and call conventions is the real thing.
+They have the block types and call conventions of the real ones (Stable Diffusion 1.5 and XL), and
+with `WHOLE` their whole module tree, for everything that depends on names.
 """
 
 import zlib
@@ -29,6 +29,9 @@ TARGETS: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv
 
 TEXT_TARGETS: tuple[str, ...] = ("q_proj", "v_proj", "fc1")
 """What `add_loras` adapts in a text encoder."""
+
+WHOLE: dict[str, Any] = {"layers_per_block": 2, "levels": 4}
+"""Arguments of `sd15` and `sdxl` for as many blocks and layers as the real ones have."""
 
 _WIDTH = 16
 
@@ -67,16 +70,21 @@ def unet_sd15(
     ).eval()
 
 
-def unet_sdxl(*, seed: int = 0) -> UNet2DConditionModel:
-    """A UNet with the blocks of Stable Diffusion XL: no attention at the outermost level."""
+def unet_sdxl(*, layers_per_block: int = 2, seed: int = 0) -> UNet2DConditionModel:
+    """A UNet with the blocks of Stable Diffusion XL: no attention at the outermost level.
+
+    Args:
+        layers_per_block: ResNets per block, and transformer layers of the innermost ones.
+        seed: of the weights.
+    """
     torch.manual_seed(seed)
     return UNet2DConditionModel(
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 16, 16),
-        layers_per_block=2,
-        transformer_layers_per_block=(1, 1, 2),
+        layers_per_block=layers_per_block,
+        transformer_layers_per_block=(1, 1, layers_per_block),
         norm_num_groups=4,
         attention_head_dim=(1, 2, 2),
         cross_attention_dim=2 * _WIDTH,
@@ -140,19 +148,24 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def sd15(*, seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
-    """A whole Stable Diffusion 1.5 pipeline making 32x32 pictures.
+def sd15(
+    *, layers_per_block: int = 1, levels: int = 3, seed: int = 0, **unet: Any
+) -> StableDiffusionPipeline:
+    """A Stable Diffusion 1.5 pipeline making 32x32 pictures.
 
     Args:
+        layers_per_block: see `unet_sd15`.
+        levels: how many resolutions its UNet has; `WHOLE` has as many as the real one.
         seed: of all weights.
         unet: further arguments of `unet_sd15`.
     """
     latent_channels = unet.get("latent_channels", 4)
+    unet.setdefault("channels", (8, *[16] * (levels - 1)))
     pipe = StableDiffusionPipeline(
         vae=vae(latent_channels=latent_channels, seed=seed),
         text_encoder=text_encoder(seed=seed),
         tokenizer=tokenizer(),
-        unet=unet_sd15(seed=seed, **unet),
+        unet=unet_sd15(seed=seed, layers_per_block=layers_per_block, **unet),
         scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -162,15 +175,21 @@ def sd15(*, seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
     return pipe
 
 
-def sdxl(*, seed: int = 0) -> StableDiffusionXLPipeline:
-    """A whole Stable Diffusion XL pipeline making 32x32 pictures."""
+def sdxl(*, layers_per_block: int = 1, levels: int = 3, seed: int = 0) -> StableDiffusionXLPipeline:
+    """A Stable Diffusion XL pipeline making 32x32 pictures.
+
+    Args:
+        layers_per_block: see `unet_sdxl`.
+        levels: of no effect; the real one has three as well.
+        seed: of all weights.
+    """
     pipe = StableDiffusionXLPipeline(
         vae=vae(seed=seed),
         text_encoder=text_encoder(seed=seed),
         text_encoder_2=text_encoder(projection=True, seed=seed + 1),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
-        unet=unet_sdxl(seed=seed),
+        unet=unet_sdxl(layers_per_block=layers_per_block, seed=seed),
         scheduler=scheduler(),
         add_watermarker=False,
     )

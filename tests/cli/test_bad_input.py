@@ -157,9 +157,7 @@ def command(*arguments: str) -> list[str]:
     "arguments",
     [
         ["cost", "--loras", "none"],
-        ["cost", "--model", "sd51"],
         ["generate", "--lora", "cat:strong"],
-        ["generate", "--no-such-option"],
         ["no-such-command"],
     ],
 )

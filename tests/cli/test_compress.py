@@ -76,7 +76,7 @@ def test_a_smaller_denoiser(model_folder: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["bytes_after"] < report["bytes_before"]
     assert all(row["after"] < row["before"] for row in report["modules"].values())
-    denoiser = tiny.unet_sd15()
+    denoiser = tiny.sd15().unet
     load(denoiser, small)
     assert model_bytes(denoiser) == report["bytes_after"]
 
@@ -91,7 +91,7 @@ def test_a_denoiser_is_trained_around_its_compression(model_folder: Path, tmp_pa
     answers = report["answers"]
     assert list(answers) == ["pruned", "compressed", "nested", "cut", "healed"]
     assert answers["healed"] < answers["cut"]
-    denoiser = tiny.unet_sd15()
+    denoiser = tiny.sd15().unet
     load(denoiser, small)
     assert model_bytes(denoiser) == report["bytes_after"] < report["bytes_before"]
 

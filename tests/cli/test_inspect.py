@@ -113,7 +113,7 @@ def test_convert_needs_the_model_only_where_it_must(model_folder: Path, tmp_path
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["relative_error"] == 0.0
     module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    weight = tiny.unet_sd15().get_submodule(module.removeprefix("unet.")).weight.detach()
+    weight = tiny.sd15().unet.get_submodule(module.removeprefix("unet.")).weight.detach()
     tensors = {k.rpartition(f"{TO_Q}.")[2]: t for k, t in stored("loha").items()}
     expected = CASES["loha"].delta(tensors, weight)
     torch.testing.assert_close(files.read(target).updates[module].delta(), expected)

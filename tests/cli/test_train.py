@@ -61,8 +61,8 @@ def test_a_denoiser_and_what_was_learnt_as_a_lora(
     facts = json.loads(done.stdout)
     assert facts["relative_error"] < 1e-5
     assert facts["left"]  # norms and biases
-    tuned = tiny.unet_sd15().from_pretrained(folder)
-    base = dict(tiny.unet_sd15().named_parameters())
+    tuned = tiny.sd15().unet.from_pretrained(folder)
+    base = dict(tiny.sd15().unet.named_parameters())
     after = dict(tuned.named_parameters())
     for name, update in files.read(output).updates.items():
         key = f"{name.removeprefix('unet.')}.weight"

@@ -102,18 +102,17 @@ def test_fidelity_sees_a_wrong_element_and_damage() -> None:
 
 
 def test_base_draws_what_the_prompt_says(plain: StableDiffusionPipeline) -> None:
-    marks, _ = report.base_accuracy(plain, probe.load(), count=12)
+    marks, _ = report.base_accuracy(plain, probe.load(), count=8)
     assert np.mean(list(marks.values())) >= 0.85
 
 
 @pytest.mark.parametrize(
-    ("concept", "series"),
-    [("character_1", "biased"), ("object_1", "biased"), ("background_1", "unbiased")],
+    ("concept", "series"), [("character_1", "biased"), ("object_1", "unbiased")]
 )
 def test_lora_draws_its_concept_and_the_base_does_not(
     plain: StableDiffusionPipeline, concept: str, series: Series
 ) -> None:
-    marks = report.concept_accuracy(plain, probe.load(), concept, series, 6)
+    marks = report.concept_accuracy(plain, probe.load(), concept, series, 4)
     assert marks["lora"] >= 0.75
     assert marks["without_instance"] <= 0.25
 
@@ -153,14 +152,15 @@ def test_composite_is_the_mean_of_single_lora_calls(five: CMLoRAPipeline) -> Non
     assert (together - torch.stack(wanted).mean(0)).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("method", ["composite", "cmlora", "select"])
+@pytest.mark.parametrize("method", ["cmlora", "select"])
 def test_a_cache_that_always_refreshes_changes_no_bit(five: CMLoRAPipeline, method: str) -> None:
-    settings = {"num_inference_steps": 4, "seed": 1, "composition": method}
+    settings = {"num_inference_steps": 3, "seed": 1, "composition": method}
     without = five(PROMPT, cache="none", **settings).images[0]
     refreshed = five(PROMPT, cache="uniform:1", **settings).images[0]
     assert without.tobytes() == refreshed.tobytes()
 
 
+@pytest.mark.slow
 def test_loading_order_changes_nothing(five: CMLoRAPipeline) -> None:
     other = CMLoRAPipeline.from_pretrained("emoji")
     other.set_progress_bar_config(disable=True)
@@ -182,14 +182,14 @@ def test_five_loras_show_more_than_none(five: CMLoRAPipeline) -> None:
         seen = judge.detect(drawn)
         return sum(p[BY_CONCEPT[n].category] == BY_CONCEPT[n].name for p in seen for n in FIVE)
 
-    assert shown("select") > shown("naive")
+    assert shown("gate") > shown("naive")
 
 
 def test_a_picture_is_made_again_from_itself(tmp_path: Path) -> None:
     runner, first, again = CliRunner(), tmp_path / "first.png", tmp_path / "again.png"
-    loras = [part for name in FIVE[:3] for part in ("--lora", name)]
+    loras = [part for name in FIVE[:2] for part in ("--lora", name)]
     made = runner.invoke(
-        app, ["generate", *loras, "--steps", "5", "--seed", "9", "--out", str(first)]
+        app, ["generate", *loras, "--steps", "3", "--seed", "9", "--out", str(first)]
     )
     assert made.exit_code == 0, made.output
     copied = runner.invoke(app, ["generate", "--recipe", str(first), "--out", str(again)])

@@ -30,7 +30,7 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return tiny.sd15()
+    return tiny.sd15(**tiny.WHOLE)
 
 
 def layer_of(pipe: Any, module: str) -> Any:
@@ -193,7 +193,7 @@ CONFIGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pefts_own_files(name: str, pipe: Any, tmp_path: Path) -> None:
-    theirs = tiny.sd15()
+    theirs = tiny.sd15(**tiny.WHOLE)
     inject(CONFIGS[name](), theirs.unet, "x")
     theirs.unet.peft_config = {"x": CONFIGS[name]()}
     torch.manual_seed(4)
@@ -297,7 +297,7 @@ def test_half_matching_files_list_what_is_missing(pipe: Any, tmp_path: Path) -> 
 
 
 def test_a_quantized_base_cannot_be_rotated_but_shifted(tmp_path: Path) -> None:
-    pipe = tiny.sd15()
+    pipe = tiny.sd15(**tiny.WHOLE)
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     layer = pipe.unet.get_submodule(name)
     layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)

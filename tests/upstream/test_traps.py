@@ -47,7 +47,7 @@ def changed_by(trap: str) -> str:
 
 @pytest.fixture
 def pipe() -> Any:
-    pipe = tiny.sd15()
+    pipe = tiny.sd15(**tiny.WHOLE)
     tiny.add_loras(pipe, ["a", "b"])
     return pipe
 
@@ -117,7 +117,7 @@ def test_deleted_adapters_leave_their_layers_behind(pipe: Any, tmp_path: Path) -
     assert AdapterSwitch(pipe.unet).names == ()
     with pytest.raises(CmloraError, match=r"has no LoRAs loaded|unknown LoRA"):
         compose(pipe, ["a"])
-    files.load(pipe, save(trainers.lora(tiny.sd15()), tmp_path / "x.safetensors"), "c")
+    files.load(pipe, save(trainers.lora(tiny.sd15(**tiny.WHOLE)), tmp_path / "x.safetensors"), "c")
     assert AdapterSwitch(pipe.unet).names == ("c",)
     assert isinstance(tiny.run(pipe, steps=2), Tensor)
 
@@ -149,14 +149,14 @@ def test_the_lengths_of_dora_are_thrown_away(tmp_path: Path) -> None:
     for file in (path, bare):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = tiny.sd15()
+            theirs = tiny.sd15(**tiny.WHOLE)
             theirs.load_lora_weights(str(file), adapter_name="x")
         pictures.append(tiny.run(theirs, steps=2))
     assert torch.equal(*pictures), changed_by("drops dora_scale")
     found = dropped(path, "Stable Diffusion 1.x")
     assert found["loads"]
     assert found["dropped"] == [f"lora_unet_{module}.dora_scale"]
-    ours = tiny.sd15()
+    ours = tiny.sd15(**tiny.WHOLE)
     files.load(ours, path, "x")
     assert not torch.allclose(tiny.run(ours, steps=2), pictures[0], atol=1e-3)
 
@@ -166,9 +166,9 @@ def test_loha_and_kohyas_sd3_files_are_not_loaded(tmp_path: Path) -> None:
     stored = {f"{module}.{end}": t for end, t in CASES["loha"].make((8, 8)).items()}
     path = trainers.save(stored, tmp_path / "loha.safetensors")
     with pytest.raises(ValueError, match=r"hada|Invalid|not.*converted|keys"):
-        tiny.sd15().load_lora_weights(str(path))
+        tiny.sd15(**tiny.WHOLE).load_lora_weights(str(path))
     assert dropped(path, "Stable Diffusion 1.x")["loads"] is False
-    files.load(tiny.sd15(), path, "x")
+    files.load(tiny.sd15(**tiny.WHOLE), path, "x")
     stem = "lora_unet_joint_blocks_0_x_block_attn_proj"
     stored = {f"{stem}.{end}": t for end, t in CASES["lora"].make((8, 8)).items()}
     path = trainers.save(stored, tmp_path / "sd3.safetensors")
@@ -183,24 +183,26 @@ def test_loha_and_kohyas_sd3_files_are_not_loaded(tmp_path: Path) -> None:
 
 
 def test_missing_layers_are_no_error(tmp_path: Path) -> None:
-    lora = trainers.lora(tiny.sd15(), wanted=lambda name: "mid_block.attentions" in name)
+    lora = trainers.lora(
+        tiny.sd15(**tiny.WHOLE), wanted=lambda name: "mid_block.attentions" in name
+    )
     odd = {"unet.mid_block.attentions.9.proj_in": next(iter(lora.updates.values()))}
     path = save(LoRA("x", {**lora.updates, **odd}), tmp_path / "x.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = tiny.sd15()
+        theirs = tiny.sd15(**tiny.WHOLE)
         theirs.load_lora_weights(str(path), adapter_name="x")
     assert theirs.get_list_adapters() == {"unet": ["x"]}, changed_by("ignores missing layers")
     with pytest.raises(CmloraError, match=r"attentions\.9\.proj_in is not in the pipeline"):
-        files.load(tiny.sd15(), path, "x")
+        files.load(tiny.sd15(**tiny.WHOLE), path, "x")
 
 
 def test_unfusing_subtracts_in_half_precision(tmp_path: Path) -> None:
-    pipe = tiny.sd15()
+    pipe = tiny.sd15(**tiny.WHOLE)
     pipe.unet.to(torch.bfloat16)
-    files_path = save(trainers.lora(tiny.sd15()), tmp_path / "x.safetensors")
+    files_path = save(trainers.lora(tiny.sd15(**tiny.WHOLE)), tmp_path / "x.safetensors")
     before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    theirs = tiny.sd15()
+    theirs = tiny.sd15(**tiny.WHOLE)
     theirs.unet.to(torch.bfloat16)
     files.load(theirs, files_path, "x")
     theirs.fuse_lora(["unet"])
@@ -228,13 +230,13 @@ def test_the_old_name_of_dtype_is_on_its_way_out(model_folder: Path, pipe: Any) 
 
 
 def test_hotswapping_refuses_text_encoders(tmp_path: Path) -> None:
-    pipe = tiny.sd15()
+    pipe = tiny.sd15(**tiny.WHOLE)
     one = save(trainers.lora(pipe, name="one"), tmp_path / "one.safetensors")
     two = save(trainers.lora(pipe, name="two", seed=1), tmp_path / "two.safetensors")
     pipe.load_lora_weights(str(one), adapter_name="x")
     with pytest.raises(ValueError, match="not supported for text encoders"):
         pipe.load_lora_weights(str(two), adapter_name="x", hotswap=True)
-    ours, fresh = tiny.sd15(), tiny.sd15()
+    ours, fresh = tiny.sd15(**tiny.WHOLE), tiny.sd15(**tiny.WHOLE)
     files.load(ours, one, "x")
     ours.delete_adapters("x")
     files.load(ours, two, "x")
@@ -243,10 +245,12 @@ def test_hotswapping_refuses_text_encoders(tmp_path: Path) -> None:
 
 
 def test_a_pickle_is_read_if_it_is_named(tmp_path: Path) -> None:
-    lora = trainers.lora(tiny.sd15(), wanted=lambda name: "mid_block.attentions" in name)
+    lora = trainers.lora(
+        tiny.sd15(**tiny.WHOLE), wanted=lambda name: "mid_block.attentions" in name
+    )
     torch.save(trainers.peft(lora), tmp_path / "x.bin")
-    pipe = tiny.sd15()
+    pipe = tiny.sd15(**tiny.WHOLE)
     pipe.load_lora_weights(str(tmp_path), weight_name="x.bin", adapter_name="x")
     assert pipe.get_list_adapters() == {"unet": ["x"]}, changed_by("reads pickles")
     with pytest.raises(CmloraError, match="is a pickle"):
-        files.load(tiny.sd15(), tmp_path / "x.bin", "x")
+        files.load(tiny.sd15(**tiny.WHOLE), tmp_path / "x.bin", "x")
