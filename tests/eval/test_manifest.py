@@ -149,7 +149,7 @@ def test_json_and_yaml_are_the_same(tmp_path: Path) -> None:
 
 
 def test_an_unknown_testbed_lists_the_known_ones() -> None:
-    with pytest.raises(CmloraError, match="give emoji, composlora-anime, composlora-reality"):
+    with pytest.raises(CmloraError, match="give emoji, emoji-unbiased, composlora-anime"):
         find_testbed("composlora")
 
 
