@@ -1,5 +1,6 @@
 """The Generate tab: from the fields to pictures."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from cmlora.ui.talk import sentence
 
 PIPELINE = "pipeline"
 """Everything that uses the model shares this queue: one at a time."""
+
+_TELL_EVERY = 0.2  # seconds between two events that show no new preview
 
 
 @dataclass(frozen=True)
@@ -238,12 +241,14 @@ def _follow(start: Any, old: list[Picture], dropped: Path | None = None) -> Iter
     free = [gr.Button(interactive=True), _off()]
     try:
         events: Iterator[Event] = start()
-        last = ""
+        last, due, buttons = "", 0.0, busy_buttons
         for event in events:
             if isinstance(event, Progress):
-                last = event.preview or last
-                scene = busy(replace(event, preview=last))
-                yield [scene, same, same, same, same, *busy_buttons, ""]
+                last, now = event.preview or last, time.monotonic()
+                if event.preview or now >= due:
+                    scene = busy(replace(event, preview=last))
+                    yield [scene, same, same, same, same, *buttons, ""]
+                    due, buttons = now + _TELL_EVERY, [same, same]
                 continue
             picture: Picture = event.value
             found = [picture, *(p for p in found if p.path != picture.path)]
@@ -256,7 +261,8 @@ def _follow(start: Any, old: list[Picture], dropped: Path | None = None) -> Iter
                 found,
                 panel,
                 _file(picture),
-                *busy_buttons,
+                same,
+                same,
                 "",
             ]
         yield [same, same, same, same, same, *free, ""]
