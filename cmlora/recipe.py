@@ -34,7 +34,7 @@ FORMAT = 1
 
 _KEY = "cmlora"
 _ADDED: Mapping[str, Any] = MappingProxyType(
-    {"schedule": "", "uncond": "per_lora", "execution": "sequential"}
+    {"schedule": "", "uncond": "per_lora", "execution": "sequential", "threads": 0}
 )
 _ADDED_TO_LORA: Mapping[str, Any] = MappingProxyType(
     {"scope": None, "relevance": None, "importance": None, "into": (), "companions": ()}
@@ -83,6 +83,8 @@ class Recipe:
         uncond: whose unconditional predictions are used: ``per_lora`` or ``shared``.
         execution: of the passes of a step: ``sequential``, ``batched``, ``fused``, or ``auto``,
             with which the last bits of a picture depend on the memory that was free.
+        threads: processor threads to compute with, on which the last bits depend too; 0 leaves
+            them as they are.
         negative_prompt: the negative prompt.
         guidance_scale: of classifier-free guidance.
         scheduler: class name of the scheduler; empty is the model's own.
@@ -111,6 +113,7 @@ class Recipe:
     schedule: str = ""
     uncond: str = "per_lora"
     execution: str = "sequential"
+    threads: int = 0
     negative_prompt: str = ""
     guidance_scale: float = 7.5
     scheduler: str = ""
@@ -133,6 +136,7 @@ class Recipe:
         executions = ("sequential", "batched", "auto", "fused")
         checks.choice(where, "execution", self.execution, executions)
         checks.choice(where, "dtype", self.dtype, _DTYPES)
+        checks.whole(where, "threads", self.threads, 0, 256)
         guidance = checks.real(where, "guidance_scale", self.guidance_scale)
         object.__setattr__(self, "guidance_scale", guidance)
         object.__setattr__(self, "loras", self._sorted_loras())

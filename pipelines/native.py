@@ -3,6 +3,8 @@
 import inspect
 from typing import Any, Literal
 
+import torch
+
 from cmlora import denoisers
 from cmlora.fusing import copied, resident
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
@@ -10,6 +12,7 @@ from cmlora.pipelines.models import EMBEDDED
 
 _USUAL = 1024  # pixels, where a model does not say
 _COPIES = 2**28  # bytes of weights that nobody misses
+_SMALL = 2**27  # bytes of weights
 
 
 def native_guidance(pipe: CMLoRAPipeline) -> float:
@@ -43,6 +46,22 @@ def native_execution(pipe: CMLoRAPipeline) -> Literal["sequential", "fused"]:
     models = denoisers.find(pipe.pipe).values()
     copies = sum(map(copied, models)) * (len(pipe.loras) + 1)
     return "fused" if 0 < copies <= _COPIES and all(map(resident, models)) else "sequential"
+
+
+def native_threads(pipe: CMLoRAPipeline) -> int:
+    """Processor threads for a picture beside other work; 0 for as many as there are.
+
+    The passes of a small model are so short that its last thread gains nothing while the other
+    work waits for it.
+    """
+    if pipe.device.type != "cpu":
+        return 0
+    weights = sum(
+        parameter.numel() * parameter.element_size()
+        for model in denoisers.find(pipe.pipe).values()
+        for parameter in model.parameters()
+    )
+    return max(1, torch.get_num_threads() - 1) if weights <= _SMALL else 0
 
 
 def unit(pipe: Any) -> int:

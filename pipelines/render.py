@@ -2,10 +2,12 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image
 
 from cmlora import denoisers
@@ -43,6 +45,7 @@ class Wish:
         schedule: curves on the LoRAs' weights, as text.
         uncond: ``per_lora`` or ``shared``.
         execution: ``sequential``, ``batched``, ``auto`` or ``fused``.
+        threads: of the processor; 0 leaves them as they are.
         negative_prompt: what to avoid.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance; ``None`` is 7.5, or 4 for the embedded model.
@@ -59,6 +62,7 @@ class Wish:
     schedule: str = ""
     uncond: str = "per_lora"
     execution: str = "sequential"
+    threads: int = 0
     negative_prompt: str = ""
     steps: int = 30
     guidance_scale: float | None = None
@@ -127,6 +131,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
         schedule=write_schedule(_checked_schedule(wish.schedule, weights)),
         uncond=wish.uncond,
         execution=wish.execution,
+        threads=wish.threads,
         cache=canonical(cache),
         cut=wish.cut,
         text_encoder=wish.text_encoder,
@@ -229,27 +234,28 @@ def render(
         on_latents(index, values.get("latents"))
         return values
 
-    output = pipe(
-        recipe.prompt,
-        **_guided(pipe.pipe, recipe),
-        **_still(pipe.pipe),
-        composition=recipe.method if strategy is None else strategy,
-        lora_weights=weights,
-        members=members,
-        cache=recipe.cache,
-        cut=None if recipe.cut is None else Cut(*recipe.cut),
-        text_encoder=recipe.text_encoder,
-        schedule=recipe.schedule,
-        uncond=recipe.uncond,
-        execution=recipe.execution,
-        composition_options=recipe.options,
-        seed=[recipe.image_seed()],
-        num_inference_steps=recipe.steps,
-        width=recipe.width,
-        height=recipe.height,
-        callback_on_step_end=stepped,
-        output_type="pil",
-    )
+    with threads(recipe.threads):
+        output = pipe(
+            recipe.prompt,
+            **_guided(pipe.pipe, recipe),
+            **_still(pipe.pipe),
+            composition=recipe.method if strategy is None else strategy,
+            lora_weights=weights,
+            members=members,
+            cache=recipe.cache,
+            cut=None if recipe.cut is None else Cut(*recipe.cut),
+            text_encoder=recipe.text_encoder,
+            schedule=recipe.schedule,
+            uncond=recipe.uncond,
+            execution=recipe.execution,
+            composition_options=recipe.options,
+            seed=[recipe.image_seed()],
+            num_inference_steps=recipe.steps,
+            width=recipe.width,
+            height=recipe.height,
+            callback_on_step_end=stepped,
+            output_type="pil",
+        )
     return Rendered(_first(output), recipe, output.report)
 
 
@@ -267,6 +273,19 @@ def pass_cost(pipe: CMLoRAPipeline, recipe: Recipe) -> PassCost | None:
         tokens=pipe.tokenizer.model_max_length,
     )
     return pass_macs(unet, sample, encoder, cut=None if recipe.cut is None else Cut(*recipe.cut))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with a number of processor threads; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    try:
+        if count:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
 
 
 def _size(pipe: CMLoRAPipeline, wish: Wish) -> tuple[int, int]:

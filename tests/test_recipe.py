@@ -59,6 +59,7 @@ recipes = st.builds(
     schedule=text,
     uncond=st.sampled_from(["per_lora", "shared"]),
     execution=st.sampled_from(["sequential", "batched", "auto", "fused"]),
+    threads=st.integers(0, 256),
     negative_prompt=text,
     guidance_scale=finite,
     scheduler=text,

@@ -169,7 +169,7 @@ def recipe_of(pipe: CMLoRAPipeline, order: Order, ticket: Ticket, tell: Tell, ou
     Raises:
         CmloraError: if there is no prompt and no trigger word either, or the model refuses.
     """
-    from cmlora.pipelines.native import native_execution
+    from cmlora.pipelines.native import native_execution, native_threads
     from cmlora.pipelines.render import write_recipe
 
     words = [w for lora in pipe.loras.values() for w in lora.applied.triggers[:1]]
@@ -180,6 +180,7 @@ def recipe_of(pipe: CMLoRAPipeline, order: Order, ticket: Ticket, tell: Tell, ou
         )
     if not wish.schedule:  # changing strengths would have the weights added anew at every step
         wish = replace(wish, execution=native_execution(pipe))
+    wish = replace(wish, threads=native_threads(pipe))
     if wish.method == "lorahub" and "coefficients" not in (wish.options or {}):
         wish = _searched(pipe, wish, ticket, tell, out)
     return write_recipe(pipe, wish)

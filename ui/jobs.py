@@ -233,6 +233,33 @@ class Tickets:
             self.stop(visitor)
 
 
+class Newest:
+    """Requests that replace each other: one at a time, and of a visitor's only the newest."""
+
+    def __init__(self) -> None:
+        self._working = threading.Lock()
+        self._counting = threading.Lock()
+        self._newest: dict[str, int] = {}
+
+    @property
+    def asked(self) -> int:
+        """How many requests there have been."""
+        with self._counting:
+            return sum(self._newest.values())
+
+    @contextmanager
+    def turn(self, visitor: str) -> Iterator[bool]:
+        """Wait for those before it; True if the visitor has not asked again since.
+
+        Args:
+            visitor: whose request it is.
+        """
+        with self._counting:
+            number = self._newest[visitor] = self._newest.get(visitor, 0) + 1
+        with self._working:
+            yield self._newest.get(visitor) == number
+
+
 def _blocks(model: Any) -> list[Any]:
     """The model, its parts and the parts of its lists: close enough together, and few."""
     found = [model]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmlora.errors import CmloraError
-from cmlora.ui.libraries import uncollected
+from cmlora.ui.libraries import uncollected, unstubbed
 from cmlora.ui.look import ASSETS, head, theme
 from cmlora.ui.settings import Settings
 from cmlora.ui.studio import Studio
@@ -93,7 +93,7 @@ def _check_folders(settings: Settings) -> None:
 
 def _page(settings: Settings) -> tuple[Any, Studio]:
     try:
-        with uncollected():
+        with uncollected(), unstubbed():
             import gradio  # noqa: F401
     except ImportError:
         raise CmloraError("the page needs gradio: pip install 'cmlora[ui]'") from None

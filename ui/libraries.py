@@ -1,11 +1,14 @@
 """The heavy libraries, loaded by one thread while the others wait."""
 
 import gc
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _LOADING = threading.Lock()
+_LOADED = threading.Event()
 
 
 def ready() -> None:
@@ -15,7 +18,11 @@ def ready() -> None:
     module; so whatever may be the first to use it, beside the thread that loads the first model,
     asks here before.
     """
+    if _LOADED.is_set():
+        return
     with _LOADING, uncollected():
+        if _LOADED.is_set():
+            return
         from diffusers import (  # noqa: F401
             AutoencoderKL,
             DiffusionPipeline,
@@ -26,6 +33,9 @@ def ready() -> None:
         import cmlora.cost
         import cmlora.pipelines.learning
         import cmlora.pipelines.render  # noqa: F401
+
+        gc.freeze()  # looking through all of it again would take a twentieth of the first picture
+        _LOADED.set()
 
 
 @contextmanager
@@ -38,3 +48,24 @@ def uncollected() -> Iterator[None]:
     finally:
         if active:
             gc.enable()
+
+
+@contextmanager
+def unstubbed() -> Iterator[None]:
+    """While gradio loads: it writes a type stub for each of its components whenever it is loaded.
+
+    That takes more than half of the time. It leaves components alone whose source is not in a
+    file, so for the time of the block none of them is.
+    """
+    find = inspect.getfile
+
+    def getfile(found: Any) -> str:
+        if type(found).__name__ == "ComponentMeta":
+            raise OSError("no stub is wanted")
+        return find(found)
+
+    inspect.getfile = getfile  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        inspect.getfile = find

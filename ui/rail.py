@@ -15,6 +15,15 @@ from cmlora.ui.studio import Studio
 from cmlora.ui.talk import sentence
 from cmlora.ui.uploads import keep_lora
 
+FOLLOWING: dict[str, Any] = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    # gradio's own way repeats a change that came while another one was answered, with everything
+    # that listens to it: two listeners whose answers overlap once would call each other for ever
+    "trigger_mode": "multiple",
+}
+"""Of what is worked out anew when a field changes to which others listen too."""
+
 
 @dataclass(frozen=True)
 class Rail:
@@ -76,7 +85,7 @@ def build(studio: Studio) -> Rail:
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     refresh.click(relist, [model, loras], listing, **quiet)
-    model.change(remodel, model, [listing, loras, before], **quiet)
+    model.change(remodel, model, [listing, loras, before], **FOLLOWING)
     add.upload(added, [add, model, loras], [listing, said], **quiet)
     return Rail(model, loras, before, listing)
 

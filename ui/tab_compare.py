@@ -24,7 +24,7 @@ from cmlora.ui.jobs import Progress
 from cmlora.ui.order import Order, read_numbers, read_seeds
 from cmlora.ui.panels import busy, duration, macs, message, recipe_panel, stage, summary
 from cmlora.ui.previews import data_uri
-from cmlora.ui.rail import Rail
+from cmlora.ui.rail import FOLLOWING, Rail
 from cmlora.ui.studio import Studio
 from cmlora.ui.tab_generate import PIPELINE, Generate, visitor
 from cmlora.ui.talk import sentence
@@ -193,7 +193,7 @@ def build(studio: Studio, rail: Rail, generate: Generate, tabs: gr.Tabs) -> gr.S
         side.change(on_wipe, [left, right, sheet_state, cells], [curtain, recipe], **quiet)
     shape = [methods, seeds, pair, first, second]
     kind.change(on_kind, [kind, rail.loras], shape, **quiet)
-    rail.loras.change(on_kind, [kind, rail.loras], shape, **quiet)
+    rail.loras.change(on_kind, [kind, rail.loras], shape, **FOLLOWING)
 
     def on_send(*values: Any) -> list[Any]:
         given = dict(zip(FIELDS, values, strict=True))

@@ -17,7 +17,7 @@ from cmlora.ui.natives import natives_or_guess
 from cmlora.ui.order import SAMPLERS
 from cmlora.ui.panels import busy, message, method_note, recipe_panel, stage, summary
 from cmlora.ui.previews import data_uri
-from cmlora.ui.rail import Rail, adapt_prompt
+from cmlora.ui.rail import FOLLOWING, Rail, adapt_prompt
 from cmlora.ui.studio import Studio
 from cmlora.ui.talk import sentence
 
@@ -212,7 +212,8 @@ def build(studio: Studio, rail: Rail) -> Generate:
     dropped.upload(on_replay, [made, dropped, rail.model], shown, **running)
     halt.click(on_stop, None, [scene, go, halt], queue=False, **quiet)
     gallery.select(on_select, made, [scene, recipe, save], **quiet)
-    method.change(method_note, method, note, **quiet)
+    method.change(method_note, method, note, **FOLLOWING)
+    # as the only listener to the selection that waits for its last answer: it changes what it reads
     rail.loras.change(
         lambda *values: adapt_prompt(studio, *values),
         [rail.model, rail.loras, rail.before, prompt],
@@ -224,7 +225,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
         fit = natives_or_guess(studio, name)
         return [fit.steps, fit.guidance, *(fit.size or (None, None))]
 
-    rail.model.change(on_model, rail.model, [steps, guidance, wide, high], **quiet)
+    rail.model.change(on_model, rail.model, [steps, guidance, wide, high], **FOLLOWING)
     return Generate(fields, to_compare, cost)
 
 

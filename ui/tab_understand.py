@@ -13,12 +13,12 @@ from cmlora.ui import charts
 from cmlora.ui.contributions import Contributions, contributions, overlay
 from cmlora.ui.estimates import cost_panel
 from cmlora.ui.forms import order_of
-from cmlora.ui.jobs import Clock, Event, Progress, Result, Ticket, stream
+from cmlora.ui.jobs import Clock, Event, Newest, Progress, Result, Ticket, stream
 from cmlora.ui.jobs import Report as Tell
 from cmlora.ui.order import Order
 from cmlora.ui.panels import busy, message
 from cmlora.ui.previews import data_uri
-from cmlora.ui.rail import Rail
+from cmlora.ui.rail import FOLLOWING, Rail
 from cmlora.ui.studio import Studio
 from cmlora.ui.tab_compare import compact
 from cmlora.ui.tab_generate import PIPELINE, Generate, visitor
@@ -59,7 +59,6 @@ def build(studio: Studio, rail: Rail, generate: Generate) -> None:
         ask = gr.Button("Examine the files", elem_id="doctor", scale=0, min_width=230)
     findings = gr.HTML(elem_id="findings")
 
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     running: dict[str, Any] = {
         "concurrency_id": PIPELINE,
         "concurrency_limit": 1,
@@ -67,22 +66,29 @@ def build(studio: Studio, rail: Rail, generate: Generate) -> None:
         "show_progress": "minimal",
     }
 
-    def foresee(*values: Any) -> tuple[str, str, str]:
-        try:
-            order = order_of(*values)
-        except Exception as error:
-            words = message(sentence(error), "error")
-            return words, words, words
-        return cost_panel(studio, order), timeline_html(studio, order), profiles_html(studio, order)
+    foreseen = Newest()
+
+    def foresee(request: gr.Request, *values: Any) -> list[Any]:
+        with foreseen.turn(visitor(request)) as wanted:
+            if not wanted:
+                return [gr.skip()] * 3
+            try:
+                order = order_of(*values)
+            except Exception as error:
+                return [message(sentence(error), "error")] * 3
+            return [
+                cost_panel(studio, order),
+                timeline_html(studio, order),
+                profiles_html(studio, order),
+            ]
 
     gr.on(
         None,  # when the page opens, and whenever a field changes
         foresee,
         generate.inputs,
         [generate.cost, plan, curves],
-        trigger_mode="always_last",
         queue=False,
-        **quiet,
+        **FOLLOWING,
     )
 
     def on_measure(request: gr.Request, *values: Any) -> Iterator[tuple[str, Any]]:

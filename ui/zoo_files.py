@@ -8,6 +8,7 @@ import gradio as gr
 
 from cmlora.adapters.compression import RULES
 from cmlora.ui.panels import message
+from cmlora.ui.rail import FOLLOWING
 from cmlora.ui.studio import Studio
 from cmlora.ui.talk import sentence
 from cmlora.ui.workbench import compress, convert, inspect
@@ -111,7 +112,7 @@ def wire(bench: Bench, parts: Files) -> None:
         lambda model: gr.Dropdown(choices=list(studio.lora_paths(model)), value=None),
         rail.model,
         parts.lora,
-        **QUIET,
+        **FOLLOWING,
     )
     parts.look.click(on_look, [rail.model, parts.lora], parts.found, **QUIET)
     results = [parts.changed, *bench.results]

@@ -13,6 +13,7 @@ from cmlora.ui.forms import read_selection
 from cmlora.ui.jobs import Progress
 from cmlora.ui.pairs import Alignment
 from cmlora.ui.panels import busy, message
+from cmlora.ui.rail import FOLLOWING
 from cmlora.ui.studio import Studio
 from cmlora.ui.tab_compare import compact
 from cmlora.ui.tab_generate import visitor
@@ -158,8 +159,7 @@ def wire(bench: Bench, parts: Measuring, merging: gr.Dropdown) -> None:
         on_change,
         [rail.loras, parts.calib],
         [parts.calib_note, parts.measure, parts.strengths, parts.align_note, parts.align],
-        trigger_mode="always_last",
-        **QUIET,
+        **FOLLOWING,
     )
     parts.measure.click(
         on_measure,

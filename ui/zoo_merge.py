@@ -12,9 +12,10 @@ from cmlora.ui import calibrations, learned, libraries, workbench
 from cmlora.ui.forms import read_selection
 from cmlora.ui.learned import OBJECTIVES, Task
 from cmlora.ui.order import read_options
+from cmlora.ui.rail import FOLLOWING
 from cmlora.ui.studio import Studio
 from cmlora.ui.talk import sentence
-from cmlora.ui.zoo_results import QUIET, RUNNING, Bench, method_html
+from cmlora.ui.zoo_results import RUNNING, Bench, method_html
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,7 @@ def wire(bench: Bench, parts: Merging) -> None:
         on_change,
         state,
         [parts.note, parts.join, parts.calib, parts.learning, parts.pictures],
-        trigger_mode="always_last",
-        **QUIET,
+        **FOLLOWING,
     )
     parts.join.click(
         on_merge,

@@ -9,6 +9,7 @@ import gradio as gr
 from cmlora.ui import baking, packs
 from cmlora.ui.forms import read_selection
 from cmlora.ui.panels import message
+from cmlora.ui.rail import FOLLOWING
 from cmlora.ui.studio import Studio
 from cmlora.ui.talk import sentence
 from cmlora.ui.writing import Made
@@ -158,7 +159,7 @@ def wire(bench: Bench, parts: Packing) -> None:
         show_progress_on=parts.baked,
         **RUNNING,
     )
-    rail.loras.change(on_selection, rail.loras, [parts.pack_note, parts.pack], **QUIET)
+    rail.loras.change(on_selection, rail.loras, [parts.pack_note, parts.pack], **FOLLOWING)
     parts.pack.click(
         on_pack,
         [rail.model, rail.loras, parts.size, parts.granularity],

@@ -37,6 +37,9 @@ Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Execution = Annotated[
     str, typer.Option(help="A step's passes: sequential, batched, auto as memory allows, or fused.")
 ]
+Threads = Annotated[
+    int, typer.Option(help="Of the processor; part of the recipe. 0 leaves them as they are.")
+]
 Uncond = Annotated[
     str, typer.Option(help="Unconditional predictions: per_lora, or shared for the base's own.")
 ]

@@ -5,13 +5,22 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import EulerDiscreteScheduler
 
 from cmlora.errors import CmloraError
 from cmlora.frequency.card import Profile, write_card
 from cmlora.frequency.profile import base_id
-from cmlora.pipelines.native import native_execution
-from cmlora.pipelines.render import Wish, assemble, pass_cost, render, restore, write_recipe
+from cmlora.pipelines.native import native_execution, native_threads
+from cmlora.pipelines.render import (
+    Wish,
+    assemble,
+    pass_cost,
+    render,
+    restore,
+    threads,
+    write_recipe,
+)
 from cmlora.recipe import Recipe
 from tests import disk
 
@@ -138,3 +147,29 @@ def test_small_models_keep_fused_copies_and_others_do_not(
 
 def test_without_loras_there_is_nothing_to_fuse(model_folder: Path) -> None:
     assert native_execution(assemble(model_folder, ())) == "sequential"
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_picture_is_computed_with_its_threads(
+    count: int, model_folder: Path, lora_folder: Path
+) -> None:
+    pipe = assemble(model_folder, [("cat", 1.0)], folder=lora_folder)
+    before, seen = torch.get_num_threads(), set()
+    recipe = write_recipe(pipe, dataclasses.replace(WISH, threads=count))
+    assert Recipe.from_json(recipe.to_json()).threads == count
+    assert ("threads" in recipe.to_json()) == bool(count)
+    render(pipe, recipe, on_step=lambda: seen.add(torch.get_num_threads()))
+    assert seen == {count or before}
+    assert torch.get_num_threads() == before
+
+
+def test_small_models_leave_a_thread_to_others(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = assemble(model_folder, ())
+    with threads(3):
+        assert native_threads(pipe) == 2
+    with threads(1):
+        assert native_threads(pipe) == 1
+    monkeypatch.setattr("cmlora.pipelines.native._SMALL", 1000)
+    assert native_threads(pipe) == 0

@@ -30,7 +30,8 @@ def test_a_picture_is_what_the_library_makes_of_the_same_wish(
     (picture,) = made(warm)
 
     pipe = assemble(model_folder, [("cat", 1.0), ("hat", 0.8)], folder=lora_folder)
-    wish = Wish("the cat, the hat", steps=3, seed=7, execution="fused")
+    drawn = {"execution": "fused", "threads": picture.recipe.threads}
+    wish = Wish("the cat, the hat", steps=3, seed=7, **drawn)
     alone = render(pipe, write_recipe(pipe, wish))
 
     assert _pixels(picture.path) == alone.image.tobytes()

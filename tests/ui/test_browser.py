@@ -1,10 +1,13 @@
 """The page as a person uses it, in a real Chromium; screenshots are kept as artifacts."""
 
+import asyncio
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,7 @@ from cmlora.ui.settings import Settings
 from tests import disk
 from tests.ui.browsing import CHROMIUM, DRIVER, Page, browser, newest
 
-pytest.importorskip("gradio")
+gradio = pytest.importorskip("gradio")
 pytest.importorskip("selenium")
 
 pytestmark = [
@@ -72,6 +75,24 @@ def test_three_loras_make_a_picture_with_its_recipe(page: Page, server: Server) 
     assert [lora.name for lora in recipe.loras] == ["cat", "hat", "ink"]
     assert recipe.method == "cmlora"
     assert page.errors() == []
+
+
+def test_quick_clicks_come_to_rest(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listeners to the selection do not call each other for ever when their answers overlap."""
+    asked: list[float] = []
+    process = gradio.Blocks.process_api
+
+    async def recorded(*given: Any, **named: Any) -> Any:
+        asked.append(time.monotonic())
+        await asyncio.sleep(0.4)
+        return await process(*given, **named)
+
+    monkeypatch.setattr(gradio.Blocks, "process_api", recorded)
+    page.open()
+    page.pick("cat", "hat", "ink")
+    page.wait(lambda: asked and time.monotonic() > asked[-1] + 2, seconds=20)
+    assert page.value("#prompt") == "the cat, the hat, the ink"
+    assert "full" in page.one("#cost").text
 
 
 def test_stopping_in_mid_run_and_generating_again(page: Page) -> None:
