@@ -4,6 +4,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_a_picture_is_what_the_library_makes_of_the_same_wish(
     (picture,) = made(warm)
 
     pipe = assemble(model_folder, [("cat", 1.0), ("hat", 0.8)], folder=lora_folder)
-    drawn = {"execution": "fused", "threads": picture.recipe.threads}
+    drawn: dict[str, Any] = {"execution": "fused", "threads": picture.recipe.threads}
     wish = Wish("the cat, the hat", steps=3, seed=7, **drawn)
     alone = render(pipe, write_recipe(pipe, wish))
 
