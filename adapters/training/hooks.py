@@ -212,16 +212,18 @@ class Prune(Hook):
 
     def after_backward(self, step: int) -> None:
         if (step + 1) % self.settings.trp_every == 0:
-            prune(self.parts.denoiser, self.settings.trp_energy, self.weight)
+            for denoiser in self.parts.denoisers.values():
+                prune(denoiser, self.settings.trp_energy, self.weight)
 
 
 class Reseed(Hook):
     """Quartet's random rounding: its numbers follow from the seed and the step."""
 
     def before_forward(self, step: int, random: torch.Generator) -> None:
-        for layer in self.parts.denoiser.modules():
-            if isinstance(layer, QuartetLinear):
-                layer.random.manual_seed(int(torch.randint(2**62, (), generator=random)))
+        for denoiser in self.parts.denoisers.values():
+            for layer in denoiser.modules():
+                if isinstance(layer, QuartetLinear):
+                    layer.random.manual_seed(int(torch.randint(2**62, (), generator=random)))
 
 
 HOOKS: dict[str, Callable[..., Hook]] = {

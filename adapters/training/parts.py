@@ -61,11 +61,6 @@ class Parts:
         self.layers: dict[str, list[str]] = {}
         self.targets: dict[str, list[str]] = {}
         everything = {**self.denoisers, **text_encoders_of(pipe)}
-        if settings.full and len(self.denoisers) > 1:
-            raise CmloraError(
-                f"train: full trains one denoiser, and {type(pipe).__name__} has two; train an "
-                "adapter, or take transformer_2 out of the pipeline"
-            )
         for model in everything.values():
             others = sorted(getattr(model, "peft_config", {}))
             if others:

@@ -30,15 +30,19 @@ _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 def write(pipe: Any, parts: Parts, settings: Settings, examples: Sequence[Example]) -> Path:
     """Writes the adapter as one file, or the denoiser as a folder of diffusers.
 
-    Of two denoisers the second one's adapter is a file of its own, whose name ends in ``-2``:
-    other programs know no file that holds both, and would take the first half for the whole.
+    Of two denoisers the second one's adapter or folder is one of its own, whose name ends in
+    ``-2``: other programs know no file that holds both, and would take the first half for the
+    whole.
 
     Raises:
         CmloraError: if it cannot be written.
     """
     folder = Path(settings.output)
     if settings.full:
-        return _write_denoiser(parts, folder / "denoiser")
+        place = folder / "denoiser"
+        for model in list(parts.denoisers.values())[1:]:
+            _write_denoiser(model, second_of(place))
+        return _write_denoiser(parts.denoiser, place)
     path = folder / f"{settings.name}.safetensors"
     dtype = getattr(torch, settings.dtype)
     told = metadata(pipe, settings, examples)
@@ -54,7 +58,7 @@ def write(pipe: Any, parts: Parts, settings: Settings, examples: Sequence[Exampl
 
 
 def second_of(path: Path) -> Path:
-    """Where the adapter of a pipeline's second denoiser is, beside that of the first."""
+    """Where what was trained of a pipeline's second denoiser is, beside that of the first."""
     return path.with_name(f"{path.stem}-2{path.suffix}")
 
 
@@ -125,9 +129,8 @@ def _architecture(pipe: Any) -> str:
     return _ARCHITECTURES.get(width, f"{type(unet).__name__}-{width}")
 
 
-def _write_denoiser(parts: Parts, folder: Path) -> Path:
+def _write_denoiser(model: Any, folder: Path) -> Path:
     """A folder of diffusers; it takes its name when it is whole."""
-    model: Any = parts.denoiser
     try:
         new = Path(tempfile.mkdtemp(prefix=".denoiser.", dir=folder.parent))
         try:

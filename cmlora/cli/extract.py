@@ -19,6 +19,10 @@ def extract(
     ],
     rank: Annotated[int, typer.Option(min=1, help="Largest rank of a layer.")] = 16,
     model: Model = "emoji",
+    part: Annotated[
+        str,
+        typer.Option(help="Of the pipeline; transformer_2 is the second denoiser of Wan 2.2."),
+    ] = "",
     trigger: Annotated[str, typer.Option(help="Word that calls the concept.")] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -31,14 +35,21 @@ def extract(
     from dataclasses import replace
 
     from cmlora import files
-    from cmlora.adapters.training.conditioning import denoiser_of
+    from cmlora.adapters.training.conditioning import denoisers_of
     from cmlora.adapters.training.extract import extract as difference
     from cmlora.pipelines.models import open_pipeline
 
     if output.suffix != ".safetensors":
         raise CmloraError(f"{output} should end in .safetensors, which is what is written")
-    part, base = denoiser_of(open_pipeline(model))
-    found = difference(base, _opened(Path(tuned).expanduser(), part, base), rank, part, output.stem)
+    found_parts = denoisers_of(open_pipeline(model))
+    part = part or next(iter(found_parts))
+    if part not in found_parts:
+        raise CmloraError(f"--part {part}: {model} has {', '.join(found_parts)}")
+    base = found_parts[part]
+    # other programs know the second denoiser's layers under the names of the first one's
+    known = part.removesuffix("_2")
+    after = _opened(Path(tuned).expanduser(), part, base)
+    found = difference(base, after, rank, known, output.stem)
     lora = replace(found.lora, triggers=(trigger,) if trigger else ())
     files.write(lora, output)
     if found.left:

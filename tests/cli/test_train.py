@@ -1,6 +1,7 @@
 """`cmlora train` and `cmlora extract`."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cmlora import files
 from cmlora.adapters.training.extract import best, extract
 from cmlora.cli.app import app
 from cmlora.errors import CmloraError
-from tests import tiny
+from tests import families, tiny
 from tests.training import bench
 
 
@@ -147,3 +148,29 @@ def test_the_extracted_lora_is_the_best_of_its_rank() -> None:
     update, missing = best(torch.zeros(4, 3, dtype=torch.double), 2)
     assert update.rank == 1
     assert missing == 0
+
+
+def test_extracting_from_the_second_denoiser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = families.wan().pipe
+    monkeypatch.setattr("cmlora.pipelines.models.open_pipeline", lambda *_: pipe)
+    tuned, rng = deepcopy(pipe.transformer_2), torch.Generator().manual_seed(0)
+    key = "blocks.0.attn1.to_q"
+    weight = tuned.get_submodule(key).weight
+    up, down = (torch.randn(s, generator=rng) for s in ((len(weight), 1), (1, weight.shape[1])))
+    weight.data += up @ down
+    tuned.save_pretrained(tmp_path / "denoiser-2")
+    output = tmp_path / "second.safetensors"
+    given = ("extract", tmp_path / "denoiser-2", "--model", "wan", "-o", output, "--part")
+    done = run(*given, "transformer_2", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["relative_error"] < 1e-5
+    updates = files.read(output).updates
+    assert list(updates) == [f"transformer.{key}"]
+    torch.testing.assert_close(
+        updates[f"transformer.{key}"].delta(), up @ down, atol=1e-4, rtol=1e-3
+    )
+    wrong = run(*given, "unet")
+    assert wrong.exit_code == 2
+    assert "wan has transformer, transformer_2" in " ".join(wrong.output.split())

@@ -9,12 +9,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2Pipeline, FluxPipeli
 from torch import Tensor
 
 from cmlora import files
-from cmlora.adapters.training import Example, Settings, Trainer
+from cmlora.adapters.training import Example, Trainer
 from cmlora.adapters.training.autoencoder import factor
 from cmlora.adapters.training.conditioning import Conditioning
 from cmlora.adapters.training.inputs import Latents
 from cmlora.adapters.training.objective import Diffusion, Flow, objective_of
-from cmlora.adapters.training.parts import Parts
 from cmlora.errors import CmloraError
 from tests import families, tiny
 from tests.training import bench
@@ -125,8 +124,6 @@ def test_what_cannot_be_trained() -> None:
     pipe = families.wan().pipe
     with pytest.raises(CmloraError, match="WanPipeline cannot be trained: with a prompt"):
         Conditioning(pipe).encode(["a"], (64, 64))
-    with pytest.raises(CmloraError, match="full trains one denoiser, and WanPipeline has two"):
-        Parts(pipe, Settings(full=True))
     pipe.transformer = torch.nn.Linear(2, 2)
     with pytest.raises(CmloraError, match="Linear cannot be trained yet; known: UNet2D"):
         Conditioning(pipe)

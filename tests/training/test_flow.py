@@ -42,6 +42,11 @@ def trainer(pipe: Any, folder: Path, **options: Any) -> Trainer:
     return Trainer(pipe, bench.settings(folder, **plain | options), examples)
 
 
+def weights(pipe: Any, part: str) -> dict[str, Tensor]:
+    """A copy of a model's weights."""
+    return {key: value.clone() for key, value in getattr(pipe, part).state_dict().items()}
+
+
 def velocity(pipe: Any, noisy: Tensor, prompt: str, level: float) -> Any:
     """What the stock pipeline moves latents (1, C, H, W) by, per unit of noise."""
     if type(pipe).__name__ == "WanPipeline":  # its call takes no levels
@@ -191,6 +196,29 @@ def test_each_denoiser_of_wan_learns_from_its_noise_levels(tmp_path: Path) -> No
     # Factors "up" start at zero, so those are what the first gradient reaches.
     reached = {k.partition(".")[0] for k, p in learning.trained.items() if p.grad is not None}
     assert reached == {"transformer", "transformer_2"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"optim": "galore"}, {"trp": True, "trp_every": 2}, {"base_format": "quartet"}]
+)
+def test_both_denoisers_of_wan_are_trained_themselves(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    full = {"full": True, "targets": (), "steps": 4, "save_every": 1, **options}
+    pipe = bare("wan")
+    before = {part: weights(pipe, part) for part in ("transformer", "transformer_2")}
+    path = trainer(pipe, tmp_path / "straight", **full).run().path
+    for part, place in (("transformer", path), ("transformer_2", second_of(path))):
+        found = type(getattr(pipe, part)).from_pretrained(place).state_dict()
+        changed = [key for key, value in found.items() if not torch.equal(value, before[part][key])]
+        assert len(changed) > len(found) // 2, part
+
+    with pytest.raises(ConnectionError):
+        trainer(bare("wan"), tmp_path / "halted", **full).run(bench.stop_at(2))
+    again = trainer(bare("wan"), tmp_path / "halted", **full).run().path
+    for one, other in ((path, again), (second_of(path), second_of(again))):
+        name = "diffusion_pytorch_model.safetensors"
+        assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 @pytest.mark.parametrize("family", ["flux", "flux2", "qwen", "zimage", "wan"])
