@@ -209,10 +209,15 @@ def _is_flux2(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _is_lumina2(shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]) -> bool:
-    """Z-Image, whose names are the same, has as many keys and values as queries."""
+    """Z-Image, whose names are the same, has as many keys and values as queries.
+
+    Its feed-forward layers are 8/3 as wide as what they read, those of Lumina 2 four times.
+    """
     if any(re.match(r"layers\.\d+\.attn\.", name) for name in modules):
         return True
-    return any(ratio < 3 for ratio in _ratios(shapes, r"attention[._]qkv"))
+    if any(ratio < 3 for ratio in _ratios(shapes, r"attention[._]qkv")):
+        return True
+    return any(ratio > 3 for ratio in _ratios(shapes, r"feed_forward[._]w[13]"))
 
 
 def _ratios(shapes: Mapping[str, tuple[int, ...]], layer: str) -> list[float]:

@@ -191,9 +191,9 @@ def lumina2(h: int = 2304, kv: int = 768) -> tuple[Shapes, dict[str, Tensor]]:
         found |= {
             f"{stack}.1.attention.qkv": (h + 2 * kv, h),
             f"{stack}.1.attention.out": (h, h),
-            f"{stack}.1.feed_forward.w1": (3 * h, h),
-            f"{stack}.1.feed_forward.w2": (h, 3 * h),
-            f"{stack}.1.feed_forward.w3": (3 * h, h),
+            f"{stack}.1.feed_forward.w1": (4 * h, h),
+            f"{stack}.1.feed_forward.w2": (h, 4 * h),
+            f"{stack}.1.feed_forward.w3": (4 * h, h),
         }
         if stack != "context_refiner":
             found[f"{stack}.1.adaLN_modulation.1"] = (4 * h, 32)
@@ -309,6 +309,22 @@ def test_every_row_goes_where_diffusers_puts_it(family: str, style: str, tmp_pat
     found = files.describe(path)
     assert found["family"] == title
     assert sum(found["modules"].values()) == len(expected)
+
+
+@pytest.mark.parametrize(("wide", "title"), [(4 * 96, "Lumina 2"), (8 * 32, "Z-Image")])
+def test_feed_forward_layers_tell_lumina_from_z_image(
+    wide: int, title: str, tmp_path: Path
+) -> None:
+    """Where the attention's fused layer, whose outputs differ, is not in the file."""
+    stored = {}
+    for name, (rows, columns) in {
+        "layers.1.attention.out": (96, 96),
+        "layers.1.feed_forward.w1": (wide, 96),
+        "layers.1.feed_forward.w2": (96, wide),
+    }.items():
+        stored[f"diffusion_model.{name}.lora_A.weight"] = torch.ones(1, columns)
+        stored[f"diffusion_model.{name}.lora_B.weight"] = torch.ones(rows, 1)
+    assert files.describe(trainers.save(stored, tmp_path / "x.safetensors"))["family"] == title
 
 
 def test_t5_is_the_encoder_its_family_has() -> None:
