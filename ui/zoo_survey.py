@@ -76,7 +76,7 @@ def survey_html(found: Survey) -> str:
     if len(library.names) <= _SHOWN:
         values = tuple(tuple(map(float, row)) for row in library.similarity)
         table = Heatmap("Cosine of the updates", library.names, library.names, values)
-        drawn = f'<div class="wide">{table.svg()}</div>'
+        drawn = f'<div class="wide">{table.drawing().svg()}</div>'
     return (
         '<div class="wide"><table class="plain"><thead><tr><th>LoRA</th><th class="n">group</th>'
         f"<th>nearest</th></tr></thead><tbody>{rows}</tbody></table></div>"

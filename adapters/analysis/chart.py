@@ -1,17 +1,13 @@
-"""A few lines over a common axis as a picture, PNG or SVG, without a plotting library."""
+"""A few lines over a common axis as a picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
-from cmlora.atomic import replacing
-from cmlora.errors import CmloraError
+from cmlora.adapters.analysis.drawing import Color, Drawing
 
 _WIDTH, _HEIGHT = 480, 260
 _LEFT, _TOP, _RIGHT, _BOTTOM = 64, 34, 16, 28
@@ -32,57 +28,21 @@ class Chart:
     places: Sequence[float]
     lines: Mapping[str, Sequence[float]]
 
+    def drawing(self) -> Drawing:
+        """The chart as lines and words."""
+        size = _WIDTH, _HEIGHT + 18 * len(self.lines)
+        return Drawing(size, lines=list(self._strokes()), words=self._texts())
+
     def save(self, path: str | Path) -> None:
-        """Draw it; the name's end decides between PNG and SVG.
-
-        Raises:
-            CmloraError: for any other ending, or if the place cannot be written to.
-        """
-        path = Path(path)
-        if path.suffix not in (".png", ".svg"):
-            raise CmloraError(f"{path} should end in .png or .svg")
-        with replacing(path) as file:
-            if path.suffix == ".svg":
-                file.write(self.svg().encode())
-            else:
-                self.image().save(file, "PNG")
-
-    def svg(self) -> str:
-        """The chart as an SVG document."""
-        width, height = self._size()
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            'font-family="sans-serif" font-size="12">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-        ]
-        for color, points in self._strokes():
-            listed = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(
-                f'<polyline points="{listed}" fill="none" stroke="rgb{color}" stroke-width="2"/>'
-            )
-        for x, y, text, color in self._texts():
-            parts.append(f'<text x="{x}" y="{y + 12}" fill="rgb{color}">{escape(text)}</text>')
-        return "\n".join([*parts, "</svg>\n"])
-
-    def image(self) -> Image.Image:
-        """The chart as a picture."""
-        image = Image.new("RGB", self._size(), "white")
-        draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-        for color, points in self._strokes():
-            draw.line(points, fill=color, width=2)
-        for x, y, text, color in self._texts():
-            draw.text((x, y), text, fill=color, font=font)
-        return image
-
-    def _size(self) -> tuple[int, int]:
-        return _WIDTH, _HEIGHT + 18 * len(self.lines)
+        """Draw it; see `cmlora.adapters.analysis.drawing.Drawing.save`."""
+        self.drawing().save(path)
 
     def _range(self) -> tuple[float, float]:
         values = [v for line in self.lines.values() for v in line if math.isfinite(v)] or [0.0]
         low, high = min(values), max(values)
         return (low, high) if high > low else (low - 0.5, high + 0.5)
 
-    def _strokes(self) -> Iterator[tuple[tuple[int, int, int], list[tuple[float, float]]]]:
+    def _strokes(self) -> Iterator[tuple[Color, list[tuple[float, float]]]]:
         x_end, y_end = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
         yield (150, 150, 150), [(_LEFT, _TOP), (_LEFT, y_end), (x_end, y_end)]
         low, high = self._range()
@@ -99,7 +59,7 @@ class Chart:
             if len(points) > 1:
                 yield _COLORS[index % len(_COLORS)], points
 
-    def _texts(self) -> list[tuple[int, int, str, tuple[int, int, int]]]:
+    def _texts(self) -> list[tuple[int, int, str, Color]]:
         black = (0, 0, 0)
         low, high = self._range()
         texts = [

@@ -1,21 +1,17 @@
-"""A table of numbers from -1 to 1 as a picture, PNG or SVG, without a plotting library."""
+"""A table of numbers from -1 to 1 as a picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
-
-from cmlora.atomic import replacing
-from cmlora.errors import CmloraError
+from cmlora.adapters.analysis.drawing import Color, Drawing
 
 _CELL, _LINE, _LETTER = 56, 24, 7
-_BLUE, _WHITE, _RED = (33, 102, 172), (247, 247, 247), (178, 24, 43)
+_BLUE, _WHITE, _RED, _BLACK = (33, 102, 172), (247, 247, 247), (178, 24, 43), (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -34,46 +30,17 @@ class Heatmap:
     columns: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
 
+    def drawing(self) -> Drawing:
+        """The table as boxes and words."""
+        named = max((i * _CELL + _LETTER * len(n) for i, n in enumerate(self.columns)), default=0)
+        width = max(len(self.columns) * _CELL, named, _LETTER * len(self.title) - self._left)
+        size = self._left + width + 12, self._top + _LINE * len(self.rows) + 8
+        words = [(x, y + 5, text, _BLACK) for x, y, text in self._texts()]
+        return Drawing(size, boxes=self._cells(), words=words)
+
     def save(self, path: str | Path) -> None:
-        """Draw it; the name's end decides between PNG and SVG.
-
-        Raises:
-            CmloraError: for any other ending, or if the place cannot be written to.
-        """
-        path = Path(path)
-        if path.suffix not in (".png", ".svg"):
-            raise CmloraError(f"{path} should end in .png or .svg")
-        with replacing(path) as file:
-            if path.suffix == ".svg":
-                file.write(self.svg().encode())
-            else:
-                self.image().save(file, "PNG")
-
-    def svg(self) -> str:
-        """The table as an SVG document."""
-        width, height = self._size()
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            'font-family="sans-serif" font-size="12">',
-            f'<rect width="{width}" height="{height}" fill="white"/>',
-        ]
-        for x, y, color in self._cells():
-            parts.append(
-                f'<rect x="{x}" y="{y}" width="{_CELL}" height="{_LINE}" fill="rgb{color}"/>'
-            )
-        for x, y, text in self._texts():
-            parts.append(f'<text x="{x}" y="{y + 16}">{escape(text)}</text>')
-        return "\n".join([*parts, "</svg>\n"])
-
-    def image(self) -> Image.Image:
-        """The table as a picture."""
-        image = Image.new("RGB", self._size(), "white")
-        draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-        for x, y, color in self._cells():
-            draw.rectangle((x, y, x + _CELL - 1, y + _LINE - 1), fill=color)
-        for x, y, text in self._texts():
-            draw.text((x, y + 5), text, fill="black", font=font)
-        return image
+        """Draw it; see `cmlora.adapters.analysis.drawing.Drawing.save`."""
+        self.drawing().save(path)
 
     @property
     def _left(self) -> int:
@@ -84,14 +51,9 @@ class Heatmap:
         # A column's name stands on lines of its own, so that long names need no rotation.
         return _LINE * (1 + len(self.columns))
 
-    def _size(self) -> tuple[int, int]:
-        named = max((i * _CELL + _LETTER * len(n) for i, n in enumerate(self.columns)), default=0)
-        width = max(len(self.columns) * _CELL, named, _LETTER * len(self.title) - self._left)
-        return self._left + width + 12, self._top + _LINE * len(self.rows) + 8
-
-    def _cells(self) -> list[tuple[int, int, tuple[int, int, int]]]:
+    def _cells(self) -> list[tuple[int, int, int, int, Color]]:
         return [
-            (self._left + j * _CELL, self._top + i * _LINE, _color(value))
+            (self._left + j * _CELL, self._top + i * _LINE, _CELL, _LINE, _color(value))
             for i, row in enumerate(self.values)
             for j, value in enumerate(row)
             if math.isfinite(value)
@@ -110,7 +72,7 @@ class Heatmap:
         return texts
 
 
-def _color(value: float) -> tuple[int, int, int]:
+def _color(value: float) -> Color:
     """White at 0, red at 1, blue at -1; never so dark that black text is lost."""
     end = _RED if value > 0 else _BLUE
     share = 0.75 * min(abs(value), 1.0)

@@ -89,12 +89,12 @@ def test_a_silent_lora_is_safe_at_any_strength() -> None:
 
 def test_charts() -> None:
     chart = Chart("way", [0.0, 0.5, 1.0], {"a<b": [1.0, math.nan, 3.0], "c": [2.0, 2.0, 2.0]})
-    text = chart.svg()
+    text = chart.drawing().svg()
     assert text.count("<polyline") == 3
     assert "a&lt;b" in text
-    image = chart.image()
+    image = chart.drawing().image()
     assert image.size == (480, 296)
     assert len(image.getcolors(10_000) or ()) > 3
-    assert Chart("flat", [0.0, 1.0], {"a": [1.0, 1.0]}).svg()
+    assert Chart("flat", [0.0, 1.0], {"a": [1.0, 1.0]}).drawing().svg()
     with pytest.raises(CmloraError, match=r"\.png or \.svg"):
         chart.save("x.gif")
