@@ -365,3 +365,24 @@ def test_parity_with_the_published_galore() -> None:
         made.step()
     ours = stepped("galore", (40, 24), steps=3, rank=4, gap=2)[1]
     assert torch.allclose(parameter, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_parity_with_the_published_fira(shape: tuple[int, int]) -> None:
+    theirs = _theirs("fira", "FiraAdamW")
+    parameter = nn.Parameter(noise(*shape))
+    group = {
+        "params": [parameter],
+        "rank": 4,
+        "update_proj_gap": 2,
+        "alpha": 0.25,
+        "proj_type": "std",
+    }
+    made = theirs([group], lr=1e-2)
+    for step in range(5):
+        parameter.grad = noise(*shape, seed=step + 1)
+        made.step()
+    ours = stepped("fira", shape, steps=5, rank=4, gap=2, parity=True, eps=1e-6)[1]
+    assert torch.allclose(parameter, ours, atol=5e-5)
+    plain = stepped("fira", shape, steps=5, rank=4, gap=2)[1]
+    assert not torch.allclose(parameter, plain, atol=1e-3)

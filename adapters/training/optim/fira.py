@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,8 +24,9 @@ class Fira(GaLore):
     Args:
         params: parameters or groups.
         lr: learning rate.
-        parity: take the scaled projection off the gradient, as the published code does; what is
-            left then still holds most of the subspace.
+        parity: as the published code, which takes the scaled projection off the gradient, so that
+            what is left still holds most of the subspace, and limits norms before Adam's bias is
+            corrected, which holds this part back in the first steps.
         options: of `GaLore`.
     """
 
@@ -38,8 +40,9 @@ class Fira(GaLore):
     ) -> Tensor:
         small = state["small"]
         one, two = group["betas"]
-        root = (state["second"] / (1 - two ** state["count"])).sqrt() + group["eps"]
-        adapted = state["first"] / (1 - one ** state["count"]) / root
+        spread, level = 1 - two ** state["count"], 1 - one ** state["count"]
+        root = (state["second"] / spread).sqrt() + group["eps"]
+        adapted = state["first"] / level / root
         # One factor per entry of the long side, which the projection leaves.
         dimension = 1 if one_side(group["side"], *gradient.shape) != "left" else 0
         phi = adapted.norm(dim=dimension) / (small.norm(dim=dimension) + 1e-8)
@@ -47,9 +50,12 @@ class Fira(GaLore):
             phi = adapted.norm() / (small.norm() + 1e-8)  # projected on both sides
         elif dimension:
             phi = phi[:, None]
-        held = group["scale"] * inside if group["parity"] else inside
-        found = phi * (gradient - held)
-        return limited(found, state)
+        if not group["parity"]:
+            return limited(phi * (gradient - inside), state)
+        correction: float = math.sqrt(spread) / level
+        found = phi / correction * (gradient - group["scale"] * inside)
+        held_back: Tensor = limited(found, state) * correction
+        return held_back
 
 
 def limited(rest: Tensor, state: dict[str, Any]) -> Tensor:
