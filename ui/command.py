@@ -4,10 +4,12 @@ import os
 import signal
 import threading
 import webbrowser
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from cmlora.errors import CmloraError
 
@@ -48,11 +50,13 @@ def ui(
     """
     # before torch is loaded: the browser shares the processors, waiting threads must not spin
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from cmlora.ui.launch import absolute, serving
-    from cmlora.ui.settings import Settings, read_auth
-
     if port is not None and not 0 < port < 65536:
         raise CmloraError(f"--port {port}: expected 1 to 65535")
+    starting = Console(stderr=True).status("starting the page")
+    with starting:
+        from cmlora.ui.launch import absolute, serving
+        from cmlora.ui.settings import Settings, read_auth
+
     settings = Settings(
         models=absolute(model or []),
         loras=absolute(loras or []),
@@ -68,7 +72,9 @@ def ui(
     )
     if settings.warning():
         typer.echo(f"warning: {settings.warning()}", err=True)
-    with serving(settings) as server:
+    with ExitStack() as until_the_end:
+        with starting:
+            server = until_the_end.enter_context(serving(settings))
         for address in filter(None, (server.url, server.share_url)):
             typer.echo(address)
         typer.echo(f"pictures go to {settings.out}; Ctrl-C ends the server", err=True)
