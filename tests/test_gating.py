@@ -12,6 +12,7 @@ from torch import nn
 from cmlora.compose import compose
 from cmlora.gating import gateable
 from cmlora.plan import Gate, Member, Pass, Plan
+from cmlora.strategies import schedule
 from cmlora.switching import AdapterSwitch
 from tests import tiny
 from tests.composing import NAMES, interrupt_after, pipeline, state
@@ -144,14 +145,33 @@ def test_nothing_is_left_behind(family: str, failing: bool) -> None:
 
 
 def test_a_style_is_added_everywhere() -> None:
-    """Of one style and one other LoRA nothing is selected: it is their plain merge."""
+    """Of one style and one other LoRA nothing is selected: it is a merge with a weaker style."""
     pipe = pipeline("sd15")
     pictures = []
-    for method in ("gate", "merge"):
-        members = [Member("ink", 0.8, category="style"), Member("alice", 1.1)]
-        with compose(pipe, ["ink", "alice"], members=members, method=method):
+    for method, weight in (("gate", 0.8), ("merge", 0.7 * 0.8)):
+        members = [Member("ink", weight, category="style"), Member("alice", 1.1)]
+        with compose(pipe, ["ink", "alice"], members=members, method=method, text_encoder="none"):
             pictures.append(tiny.run(pipe, steps=2))
     assert torch.equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    ("categories", "weights"),
+    [
+        (("style", None, None), (0.35, 1.0, 1.0)),
+        (("style", "style", "style"), (0.5, 1.0, 1.0)),  # nobody is left to make room for
+        ((None, None, None), (0.5, 1.0, 1.0)),
+    ],
+)
+def test_a_style_makes_room(categories: tuple[str | None, ...], weights: tuple[float, ...]) -> None:
+    members = [
+        Member(name, weight, category=category)
+        for name, weight, category in zip("abc", (0.5, 1.0, 1.0), categories, strict=True)
+    ]
+    (plan,) = schedule("gate", members, 1)
+    assert tuple(plan.passes[0].weights.values()) == pytest.approx(weights)
+    (plan,) = schedule("gate", members, 1, common=1.0)
+    assert tuple(plan.passes[0].weights.values()) == (0.5, 1.0, 1.0)
 
 
 def test_a_gate_of_equal_shares_is_a_mean() -> None:
