@@ -11,6 +11,7 @@ from typing import Any
 from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
 from cmlora.strategies import METHODS, check_options
+from cmlora.strategies.former import recorded
 from cmlora.strategies.options import defaults
 
 USUAL = (
@@ -73,7 +74,8 @@ class Variant:
         """
         known = defaults(METHODS[self.method].object)
         shared = {name: value for name, value in common.items() if name in known}
-        return check_options(self.method, {**shared, **self.options})
+        options = check_options(self.method, {**shared, **self.options})
+        return recorded(self.method, options, known)
 
 
 def read(words: Sequence[str]) -> tuple[Variant, ...]:

@@ -29,6 +29,8 @@ from cmlora.schedules.parse import parse_schedule, write_schedule
 from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
 from cmlora.strategies.auto import choose
+from cmlora.strategies.former import recalled, recorded
+from cmlora.strategies.options import defaults
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
             for lora in [pipe.loras[member.name]]
         ),
         method=wish.method,
-        options=options,
+        options=recorded(wish.method, options, defaults(METHODS[wish.method].object)),
         schedule=write_schedule(_checked_schedule(wish.schedule, weights)),
         uncond=wish.uncond,
         execution=wish.execution,
@@ -248,7 +250,7 @@ def render(
             schedule=recipe.schedule,
             uncond=recipe.uncond,
             execution=recipe.execution,
-            composition_options=recipe.options,
+            composition_options=recalled(recipe.method, recipe.options),
             seed=[recipe.image_seed()],
             num_inference_steps=recipe.steps,
             width=recipe.width,

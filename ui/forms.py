@@ -7,6 +7,7 @@ from typing import Any
 from cmlora import checks
 from cmlora.errors import CmloraError
 from cmlora.recipe import Recipe
+from cmlora.strategies.former import recalled
 from cmlora.ui.order import SAMPLERS, Order, read_options
 
 FIELDS = (
@@ -82,11 +83,12 @@ def order_of(*values: Any) -> Order:
 def fields_of(recipe: Recipe) -> dict[str, Any]:
     """Values for the page's fields that ask for a recipe's picture again; LoRAs and model aside."""
     named = {cls: name for name, cls in SAMPLERS.items()}
+    options = recalled(recipe.method, recipe.options)
     return {
         "prompt": recipe.prompt,
         "negative_prompt": recipe.negative_prompt,
         "method": recipe.method,
-        "options": "; ".join(f"{key}={_plain(value)}" for key, value in recipe.options.items()),
+        "options": "; ".join(f"{key}={_plain(value)}" for key, value in options.items()),
         "cache": recipe.cache,
         "sampler": named.get(recipe.scheduler, "model's own"),
         "steps": recipe.steps,
