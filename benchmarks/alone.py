@@ -12,6 +12,7 @@ that was stopped goes on where it was; the pictures' contents are kept in RUN/al
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     study = Study(options.run)
     wanted = {int(seed) for seed in options.seeds.split(",") if seed}
-    methods = [label for label in options.methods.split(",") if label]
+    methods = [label for label in re.split(r",(?![^\[]*\])", options.methods) if label]
     records = [
         record
         for record in study.records().values()

@@ -8,6 +8,7 @@ writes composition.md, composition.csv, composition.png and the plots; nothing i
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from cmlora.atomic import replacing
@@ -121,7 +122,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     study = Study(options.run)
-    summary = summarise(study, [label for label in options.methods.split(",") if label])
+    summary = summarise(
+        study, [label for label in re.split(r",(?![^\[]*\])", options.methods) if label]
+    )
     if PLOTTED not in summary.values:
         parser.error(f"the run has no {PLOTTED}: cmlora evaluate score {options.run}")
     main_metric = metric_of(PLOTTED)
