@@ -153,6 +153,8 @@ def read_recipe(path: str | Path, limits: Limits) -> Recipe:
     )
     check(order, limits)
     check_strengths(loras, limits)
+    if recipe.threads > limits.threads:
+        raise CmloraError(f"threads are {recipe.threads}; this server allows {limits.threads}")
     return recipe
 
 

@@ -22,6 +22,7 @@ class Limits:
         prompt: letters of a prompt.
         strength: largest absolute strength of a LoRA.
         guidance: largest guidance scale.
+        threads: of the processor that a recipe may ask for.
         png: bytes of a picture that is dropped to be made again.
         upload: bytes of any file that is sent.
         waiting: requests in the queue.
@@ -35,6 +36,7 @@ class Limits:
     prompt: int = 4000
     strength: float = 10.0
     guidance: float = 50.0
+    threads: int = 64
     png: int = 32 * 2**20
     upload: int = 1024 * 2**20
     waiting: int = 64

@@ -187,6 +187,9 @@ def test_a_recipe_opens_nothing_by_name(studio: Studio, tmp_path: Path) -> None:
         save_png(image, foreign, replace(picture.recipe, **huge))
         with pytest.raises(CmloraError, match="not between"):
             replay(studio, foreign, "tiny", Ticket())
+    save_png(image, foreign, replace(picture.recipe, threads=256))
+    with pytest.raises(CmloraError, match="threads are 256; this server allows 64"):
+        replay(studio, foreign, "tiny", Ticket())
     image.save(foreign)
     with pytest.raises(CmloraError, match=r"^foreign.png holds no recipe"):
         replay(studio, foreign, "tiny", Ticket())
