@@ -8,6 +8,7 @@ import torch
 
 from cmlora.container import header, sha256
 from cmlora.errors import CmloraError
+from cmlora.pipelines.wider import opened
 
 EMBEDDED = "emoji"
 """The name of the model that comes with the package."""
@@ -64,6 +65,8 @@ def open_pipeline(name_or_path: str | Path, **kwargs: Any) -> Any:
     try:
         if isinstance(where, Path) and where.is_file():
             return _open_single_file(where, **kwargs)
+        if isinstance(where, Path):
+            kwargs = opened(where, kwargs.get("dtype")) | kwargs
         return DiffusionPipeline.from_pretrained(where, use_safetensors=True, **kwargs)
     except CmloraError:
         raise

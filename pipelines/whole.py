@@ -127,6 +127,7 @@ def merge_pipelines(
     *,
     prompts: Sequence[str] = (),
     steps: int = STEPS,
+    separate: float = 0.0,
     matching: bool = True,
     ridge: float = 1e-6,
     seed: int = 0,
@@ -138,8 +139,9 @@ def merge_pipelines(
         other: one of the same kind.
         prompts: what the least squares are made of; without any, weights are averaged.
         steps: denoising steps per prompt.
+        separate: share of the units that either model keeps for itself.
         matching: bring units into step first.
-        ridge: see `cmlora.adapters.merging.models.merge_models`.
+        ridge: for these see `cmlora.adapters.merging.models.merge_models`.
         seed: of the noise and of the matching.
 
     Raises:
@@ -160,7 +162,13 @@ def merge_pipelines(
     found = {}
     for name, model in models.items():
         merged = merge_models(
-            model, twins[name], gathered[name], matching=matching, ridge=ridge, seed=seed
+            model,
+            twins[name],
+            gathered[name],
+            separate=separate,
+            matching=matching,
+            ridge=ridge,
+            seed=seed,
         )
         found[name] = merged
         setattr(one, name, merged.model)

@@ -68,6 +68,10 @@ def merge(
     matching: Annotated[
         bool, typer.Option("--match/--no-match", help="Bring the units of two models into step.")
     ] = True,
+    separate: Annotated[
+        float | None,
+        typer.Option(help="Share of the units of two models that either keeps: wider layers."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of methods that draw random numbers.")] = 0,
     name: Annotated[str, typer.Option(help="Of the result; the output's stem if empty.")] = "",
     plot: Annotated[
@@ -102,12 +106,15 @@ def merge(
             output,
             method,
             prompts=prompt or (),
+            separate=separate or 0.0,
             matching=matching,
             seed=seed,
             force=force,
             as_json=as_json,
         )
         return
+    if separate is not None:
+        raise CmloraError("--separate is for two models; LoRAs of one base have no units to match")
     learns = method in LEARNERS
     if not learns and MERGES[method].object.needs_grams and calib is None:
         raise CmloraError(f"{method} needs calibration data: --calib FILE, from cmlora calib")

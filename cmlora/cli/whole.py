@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Column, Table
 
@@ -24,6 +25,7 @@ def whole(
     method: str,
     *,
     prompts: Sequence[str],
+    separate: float,
     matching: bool,
     seed: int,
     force: bool,
@@ -38,6 +40,8 @@ def whole(
         raise CmloraError("pleas fits the layers to what they see: give a --prompt")
     if method == "mean" and prompts:
         raise CmloraError("--prompt is for pleas; mean looks at weights alone")
+    if not 0 <= separate <= 1:
+        raise CmloraError(f"--separate {separate:g}: a share from 0 to 1")
     folders = [Path(reference).expanduser() for reference in references]
     if output.suffix:
         raise CmloraError(f"--out {output}: two models become a folder")
@@ -50,16 +54,22 @@ def whole(
 
     import torch
 
+    from cmlora.pipelines.calibrate import parts
     from cmlora.pipelines.models import open_pipeline
     from cmlora.pipelines.whole import merge_pipelines, stored_dtype
+    from cmlora.pipelines.wider import note
 
     quiet_libraries()
     with status("loading"):
         pipes = [open_pipeline(folder, dtype=torch.float32) for folder in folders]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
+    before = {name: _size(model) for name, model in parts(pipes[0]).items()}
     with status("merging"):
-        found = merge_pipelines(*pipes, prompts=prompts, matching=matching, seed=seed)
+        found = merge_pipelines(
+            *pipes, prompts=prompts, separate=separate, matching=matching, seed=seed
+        )
+        note({part: merged.model for part, merged in found.items()})
     with tempfile.TemporaryDirectory(
         prefix=f".{output.name}.", dir=output.absolute().parent
     ) as new:
@@ -73,18 +83,24 @@ def whole(
             "matched": _mean(merged.similarity.values()),
             "missed_by_mean": _mean(row[0] for row in merged.residuals.values()),
             "missed": _mean(row[1] for row in merged.residuals.values()),
+            "size": _size(merged.model) / before[part],
         }
         for part, merged in found.items()
     }
     if as_json:
         emit({"folder": str(output), "method": method, "parts": facts})
         return
-    right = [Column(name, justify="right") for name in ("units alike", "mean misses", "fit misses")]
+    named = ("units alike", "mean misses", "fit misses", "size")
+    right = [Column(name, justify="right") for name in named]
     table = Table("part", *right, title=f"{method} of {' and '.join(map(str, folders))}")
     for part, row in facts.items():
         table.add_row(part, *("-" if value is None else f"{value:.2%}" for value in row.values()))
     out.print(table)
     out.print(str(output), soft_wrap=True)
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -9,9 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from cmlora import CMLoRAPipeline
 from cmlora.adapters.merging.units import reorder, shuffled, units_of
 from cmlora.cli.app import app
+from cmlora.errors import CmloraError
 from cmlora.files import read, write
+from cmlora.pipelines.models import open_pipeline
+from cmlora.pipelines.whole import merge_pipelines
 from tests import tiny
 from tests.merging.makers import permuted
 
@@ -102,6 +106,43 @@ def test_models_are_merged_into_a_folder(
     assert "--force replaces it" in complaint(arguments)
 
 
+def test_units_that_two_models_keep_make_wider_layers(
+    model_folder: Path, lora_folder: Path, tmp_path: Path
+) -> None:
+    stranger = tiny.sd15()
+    generator = torch.Generator().manual_seed(5)
+    for model in (stranger.unet, stranger.text_encoder):
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.5 * parameter.data.std(correction=0) * noise
+    other, out = tmp_path / "other", tmp_path / "both"
+    stranger.save_pretrained(other)
+    arguments: list[str | Path] = ["merge", model_folder, other, "--method", "pleas", "-o", out]
+    said = run_json(*arguments, "--prompt", "a cat", "--separate", "0.5")
+    assert 1 < said["parts"]["unet"]["size"] < 1.5
+    live = [open_pipeline(folder, dtype=torch.float32) for folder in (model_folder, other)]
+    for pipe in live:
+        pipe.set_progress_bar_config(disable=True)
+    merge_pipelines(*live, prompts=["a cat"], separate=0.5)
+    again = open_pipeline(out, dtype=torch.float32)
+    again.set_progress_bar_config(disable=True)
+    name = next(n for n, _ in again.unet.named_modules() if n.endswith("ff.net.2"))
+    usual = tiny.sd15().unet.get_submodule(name).in_features
+    assert again.unet.get_submodule(name).in_features == usual * 3 // 2
+    assert torch.equal(tiny.run(again, steps=1), tiny.run(live[0], steps=1))
+    assert open_pipeline(out, dtype=torch.float16).unet.dtype == torch.float16
+    # Once read it can be written again, and LoRAs go into it as into any model.
+    again.save_pretrained(tmp_path / "copy")
+    copy = CMLoRAPipeline.from_pretrained(tmp_path / "copy")
+    copy.load_lora_weights(lora_folder / "cat.safetensors", adapter_name="cat")
+    assert len(copy("a cat", num_inference_steps=1, method="merge").images) == 1
+    widths = json.loads((out / "unet" / "config.json").read_text())
+    widths["cmlora_widths"][name] = [1, 1]
+    (out / "unet" / "config.json").write_text(json.dumps(widths))
+    with pytest.raises(CmloraError, match="does not hold the layers it names"):
+        open_pipeline(out)
+
+
 def test_what_cannot_be_compared_or_merged(
     model_folder: Path, lora_folder: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +158,9 @@ def test_what_cannot_be_compared_or_merged(
     assert "not with LoRAs" in complaint(["merge", cat, model_folder, "-o", tmp_path / "x"])
     named: list[str | Path] = ["merge", model_folder, model_folder, "--method", "mean"]
     assert "become a folder" in complaint([*named, "-o", tmp_path / "x.safetensors"])
+    assert "from 0 to 1" in complaint([*named, "-o", tmp_path / "x", "--separate", "2"])
+    loras: list[str | Path] = ["merge", cat, cat, "-o", tmp_path / "x.safetensors"]
+    assert "is for two models" in complaint([*loras, "--separate", "0.5"])
     assert list(tmp_path.iterdir()) == []
 
 
