@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cmlora.adapters.compression.model import put
 from cmlora.errors import CmloraError
 from cmlora.lora import DENOISERS
 
@@ -82,6 +81,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _model(folder: Path, settings: dict[str, Any]) -> nn.Module:
     import diffusers
+
+    from cmlora.adapters.compression.model import put
 
     found = getattr(diffusers, str(settings.get("_class_name")), None)
     if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):

@@ -176,7 +176,7 @@ class Tickets:
     """The running ticket of every visitor, so that a visitor stops only their own work."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._held: dict[str, list[Ticket]] = {}
         self._asked: dict[str, int] = {}
         self._withdrawn: dict[str, int] = {}
@@ -215,6 +215,16 @@ class Tickets:
                     self._held[visitor] = left
                 else:
                     del self._held[visitor]
+                    self._lock.notify_all()
+
+    def idle(self, patience: float) -> bool:
+        """Wait for everybody's work to end; says whether it has.
+
+        Args:
+            patience: seconds after which it is waited for no longer.
+        """
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._held, patience)
 
     def stop(self, visitor: str) -> int:
         """Stop everything of a visitor, what still waits included; says how much was running."""

@@ -31,7 +31,6 @@ def ready() -> None:
         )
 
         import cmlora.cost
-        import cmlora.pipelines.learning
         import cmlora.pipelines.render  # noqa: F401
 
         gc.freeze()  # looking through all of it again would take a twentieth of the first picture

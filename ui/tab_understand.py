@@ -9,7 +9,7 @@ import gradio as gr
 from PIL import Image
 
 from cmlora.frequency.profile import measure
-from cmlora.ui import charts
+from cmlora.ui import charts, libraries
 from cmlora.ui.contributions import Contributions, contributions, overlay
 from cmlora.ui.estimates import cost_panel
 from cmlora.ui.forms import order_of
@@ -26,6 +26,9 @@ from cmlora.ui.talk import sentence
 from cmlora.ui.understanding import diagnosis, profiles, timeline
 
 _PROFILE_STEPS = 12
+
+_PATIENCE = 4.0
+"""Seconds for which what is only foreseen lets pictures go first; they share the processor."""
 
 
 def build(studio: Studio, rail: Rail, generate: Generate) -> None:
@@ -76,6 +79,8 @@ def build(studio: Studio, rail: Rail, generate: Generate) -> None:
                 order = order_of(*values)
             except Exception as error:
                 return [message(sentence(error), "error")] * 3
+            libraries.ready()
+            studio.tickets.idle(_PATIENCE)
             return [
                 cost_panel(studio, order),
                 timeline_html(studio, order),

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from cmlora.ui.jobs import Newest
+from cmlora.ui.jobs import Newest, Tickets
 
 pytest.importorskip("gradio")
 
@@ -62,3 +62,18 @@ def test_only_the_newest_of_waiting_requests_is_wanted() -> None:
     for thread in running:
         thread.join(30)
     assert wanted == {"first": True, "second": False, "other": True, "third": True}
+
+
+def test_what_can_wait_lets_all_work_end_but_not_for_ever() -> None:
+    tickets = Tickets()
+    assert tickets.idle(0)
+    with tickets.take("a"):
+        assert not tickets.idle(0.01)
+        answers: list[bool] = []
+        waiting = threading.Thread(target=lambda: answers.append(tickets.idle(60)))
+        with tickets.take("b"):
+            waiting.start()
+        waiting.join(0.05)
+        assert not answers  # one of two has ended
+    waiting.join(30)
+    assert answers == [True]
