@@ -1,42 +1,20 @@
 """`cmlora analyze align` and `strength`, `doctor --calib`, and models that are merged."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from cmlora import CMLoRAPipeline
 from cmlora.adapters.merging.units import reorder, shuffled, units_of
-from cmlora.cli.app import app
 from cmlora.errors import CmloraError
 from cmlora.files import read, write
 from cmlora.pipelines.models import open_pipeline
 from cmlora.pipelines.whole import merge_pipelines
 from tests import tiny
+from tests.calling import complaint, run, run_json
 from tests.merging.makers import permuted
-
-
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def run_json(*arguments: str | Path) -> Any:
-    return json.loads(run(*arguments, "--json"))
-
-
-def complaint(arguments: Sequence[str | Path]) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    said = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(said) == 1, result.stderr
-    return said[0]
 
 
 @pytest.fixture(scope="module")

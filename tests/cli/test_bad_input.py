@@ -6,16 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from cmlora.cli.app import app
 from tests import disk
+from tests.calling import complaint
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +29,6 @@ def bad(tmp_path_factory: pytest.TempPathFactory, lora_folder: Path) -> Path:
     save_file(tensors, folder / "nan.safetensors")
     disk.save_lora(folder, "other", wide=2)
     return folder
-
-
-def complaint(arguments: Sequence[str]) -> str:
-    """Run the command, check how it failed, and return what it said."""
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    said = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(said) == 1, result.stderr
-    return said[0]
 
 
 def generate(model: Path, folder: Path, *arguments: str) -> list[str]:

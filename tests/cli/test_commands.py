@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,20 +14,10 @@ from cmlora.cli.app import app
 from cmlora.eval.variants import USUAL
 from cmlora.strategies import METHODS
 from tests import disk, tiny
+from tests.calling import run, run_json
 from tests.single_file import save_single_file
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
-
-
-def run(*arguments: str) -> str:
-    """The command's stdout; it must succeed."""
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def run_json(*arguments: str) -> Any:
-    return json.loads(run(*arguments, "--json"))
 
 
 @pytest.fixture

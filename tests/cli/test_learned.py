@@ -1,39 +1,17 @@
 """Commands that learn or measure on a model: `calib`, `bake`, and learning methods of `merge`."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from cmlora.cli.app import app
 from cmlora.cli.learned import LEARNERS
 from cmlora.files import read
 from cmlora.pipelines.learning import LEARNED
 from tests import tiny
-
-
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def run_json(*arguments: str | Path) -> Any:
-    return json.loads(run(*arguments, "--json"))
-
-
-def complaint(arguments: Sequence[str | Path]) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    said = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(said) == 1, result.stderr
-    return said[0]
+from tests.calling import complaint, run, run_json
 
 
 def test_the_command_knows_what_learns() -> None:

@@ -6,41 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from cmlora.adapters.merging import MERGES, rmm
-from cmlora.cli.app import app
 from cmlora.files import read, sha256, write
 from cmlora.lora import LoRA, Update, stack
 from tests import disk, tiny
+from tests.calling import complaint, run, run_json
 from tests.merging.makers import distance, make
-
-
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def run_json(*arguments: str | Path) -> Any:
-    return json.loads(run(*arguments, "--json"))
-
-
-def complaint(arguments: Sequence[str | Path]) -> str:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    said = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(said) == 1, result.stderr
-    return said[0]
 
 
 def test_a_merged_file_is_the_sum(lora_folder: Path, tmp_path: Path) -> None:
