@@ -5,6 +5,7 @@ README.md in this folder has the commands that make the run. Then
     python benchmarks/composition.py RUN
 
 writes composition.md, composition.csv, composition.png and the plots; nothing is typed by hand.
+With `--name` and `--title` another run gets files of its own.
 """
 
 import argparse
@@ -34,7 +35,6 @@ from cmlora.eval.report.tables import (
 from cmlora.eval.study import Study
 
 HERE = Path(__file__).parent
-NAME = "composition"
 TABLES = ("instances", "classes", "fidelity", "clip_score", "gmacs", "seconds")
 PLOTTED = "instances"
 
@@ -70,15 +70,31 @@ def verdict(summary: Summary, focus: str, metric: str = PLOTTED) -> str:
 
 
 def document(
-    study: Study, summary: Summary, baseline: str, focus: str, plots: list[str], timed: bool
+    study: Study,
+    summary: Summary,
+    named: argparse.Namespace,
+    baseline: str,
+    focus: str,
+    plots: list[str],
 ) -> str:
-    """composition.md."""
+    """The page about a run.
+
+    Args:
+        study: the run.
+        summary: its numbers.
+        named: the title, the name of the files, and whether times are left out.
+        baseline: method that tables compare with.
+        focus: method that the text is about.
+        plots: names of their files.
+    """
+    timed = not named.untimed
     manifest = study.manifest
     seeds = sorted({record.seed for record in summary.records})
     sets = {n: len({r.ids for r in summary.records if r.n == n}) for n in summary.sizes}
     counted = ", ".join(f"{count} sets of {n} LoRAs" for n, count in sets.items())
     parts = [
-        "# Composition methods on the embedded world",
+        f"# {named.title}",
+        f"Testbed `{manifest.name}`. "
         f"{len(summary.records)} pictures: {len(summary.labels)} methods, {counted}; "
         f"seeds {', '.join(map(str, seeds))}, {manifest.steps} steps, guidance "
         f"{manifest.guidance_scale:g}. All methods of a set and seed start from the same noise. "
@@ -103,7 +119,7 @@ def document(
     tables.append(wins_table(title, summary.labels, summary.wins(PLOTTED)))
     parts += [table.markdown() for table in tables if table is not None]
     parts += ["## Plots", *(f"![{name}]({name})" for name in plots)]
-    parts += [f"![one set per row]({NAME}.png)"]
+    parts += [f"![one set per row]({named.name}.png)"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -120,7 +136,10 @@ def main() -> None:
     parser.add_argument(
         "--methods", default="", help="which, comma-separated (default: all that were run)"
     )
+    parser.add_argument("--name", default="composition", help="of the files (default: composition)")
+    parser.add_argument("--title", default="Composition methods on the embedded world")
     options = parser.parse_args()
+    name = options.name
     study = Study(options.run)
     summary = summarise(
         study, [label for label in re.split(r",(?![^\[]*\])", options.methods) if label]
@@ -129,25 +148,25 @@ def main() -> None:
         parser.error(f"the run has no {PLOTTED}: cmlora evaluate score {options.run}")
     main_metric = metric_of(PLOTTED)
     drawn = {
-        f"{NAME}_cost.svg": quality_against_cost(summary, main_metric, "gmacs"),
-        f"{NAME}_time.svg": quality_against_cost(summary, main_metric, "seconds"),
-        f"{NAME}_n.svg": quality_by_size(summary, main_metric),
+        f"{name}_cost.svg": quality_against_cost(summary, main_metric, "gmacs"),
+        f"{name}_time.svg": quality_against_cost(summary, main_metric, "seconds"),
+        f"{name}_n.svg": quality_by_size(summary, main_metric),
     }
     timed = not options.untimed
-    drawn = {name: svg for name, svg in drawn.items() if svg and (timed or "time" not in name)}
+    drawn = {file: svg for file, svg in drawn.items() if svg and (timed or "_time" not in file)}
     focus, baseline = focus_of(summary, options.focus), baseline_of(summary, options.baseline)
-    text = document(study, summary, baseline, focus, list(drawn), timed)
+    text = document(study, summary, options, baseline, focus, list(drawn))
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, content in {
-        f"{NAME}.md": text,
-        f"{NAME}.csv": _lines(long_csv(summary, baseline), timed),
+    for written, content in {
+        f"{name}.md": text,
+        f"{name}.csv": _lines(long_csv(summary, baseline), timed),
         **drawn,
     }.items():
-        with replacing(options.out / name) as file:
+        with replacing(options.out / written) as file:
             file.write(content.encode())
     sheet = contact_sheet(study.folder, shelves(summary, 2), tile=144)
     if sheet is not None:
-        with replacing(options.out / f"{NAME}.png") as file:
+        with replacing(options.out / f"{name}.png") as file:
             sheet.quantize(128).save(file, "PNG", optimize=True)
     print(verdict(summary, focus))
 

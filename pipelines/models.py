@@ -180,6 +180,7 @@ def _open_compressed(path: Path, **kwargs: Any) -> Any:
             "give the diffusers folder of its model as config"
         )
     where = Path(folder).expanduser()
+    kwargs = opened(where, kwargs.get("dtype")) | kwargs
     pipe = DiffusionPipeline.from_pretrained(where, use_safetensors=True, **kwargs)
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     load(denoiser, path)
