@@ -35,7 +35,7 @@ from cmlora.pipelines.models import EMBEDDED
 from cmlora.pipelines.objectives import distill
 from cmlora.pipelines.render import assemble
 
-LIVE = ("naive", "merge", "switch", "composite", "cmlora")
+LIVE = ("naive", "merge", "switch", "composite", "cmlora", "gate")
 LEARNING: Mapping[str, Mapping[str, Any]] = {
     "lorahub": {"budget": 40},
     "atlas": {"steps": 60},
