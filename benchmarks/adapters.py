@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows, separated by commas")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--pictures", type=int, default=8, help="that the probe sees, per concept")
-    parser.add_argument("--budget", type=float, default=25, help="seconds of one training")
+    parser.add_argument("--budget", type=float, default=600, help="seconds of one training")
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--one", nargs=2, metavar=("ROW", "CONCEPT"), help=argparse.SUPPRESS)
