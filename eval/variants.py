@@ -20,6 +20,7 @@ USUAL = (
     "switch",
     "composite",
     "switch_a",
+    "gate",
     "select",
     "lorahub",
     "cmlora@nonuniform",
