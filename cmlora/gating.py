@@ -35,8 +35,8 @@ class GatedLoRAs:
     sum over everywhere of u_j + s sum over the others of w_j u_j,
     w(x) = softmax over j of k |u_j(x)| / mean_x |u_j|.
 
-    |u_j| is found from z_j and the small matrix B_j^T B_j, and the weights go onto the z_j, so that
-    no u_j is ever formed: the cost is that of one LoRA of all ranks together.
+    |u_j| = |L_j^T z_j| with the small L_j L_j^T = B_j^T B_j, and the weights go onto the z_j, so
+    that no u_j is ever formed: the cost is that of one LoRA of all ranks together.
 
     Args:
         layer: for which `gateable` holds.
@@ -48,16 +48,26 @@ class GatedLoRAs:
     def __init__(
         self, layer: Any, gate: Gate, names: Sequence[str], scales: Mapping[str, float]
     ) -> None:
-        downs = [layer.lora_A[name].weight.data for name in names]
-        ups = [layer.lora_B[name].weight.data.flatten(1) * scales[name] for name in names]
-        rank = max(map(len, downs))
-        self._down = torch.cat([_padded(down, rank, 0) for down in downs])
-        stacked = torch.stack([_padded(up, rank, 1) for up in ups])  # (N, C, r)
-        self._up = stacked.transpose(0, 1).flatten(1)  # (C, N r)
-        wide = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-        self._gram = wide.mT @ wide
-        self._gate = gate
-        self._local = [i for i, name in enumerate(names) if name not in gate.everywhere]
+        local = [name for name in names if name not in gate.everywhere]
+        others = [name for name in names if name in gate.everywhere]
+        factors = {n: (layer.lora_A[n].weight.data, layer.lora_B[n].weight.data) for n in names}
+        self._count, self._rank = len(local), max(len(factors[name][0]) for name in local)
+        ups = [_padded(factors[n][1].flatten(1) * scales[n], self._rank, 1) for n in local]
+        self._roots = _roots(torch.stack(ups))
+        self._down = torch.cat(
+            [
+                *(_padded(factors[name][0], self._rank, 0) for name in local),
+                *(factors[name][0] for name in others),
+            ]
+        )  # (N r and more, C, ...)
+        self._up = torch.cat(
+            [
+                *(gate.strength * up for up in ups),
+                *(factors[name][1].flatten(1) * scales[name] for name in others),
+            ],
+            1,
+        )  # (C, N r and more)
+        self._sharpness = gate.sharpness
         self._convolution = None if isinstance(layer, Linear) else layer.lora_A[names[0]]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,29 +76,37 @@ class GatedLoRAs:
         Args:
             x: the layer's input, (B, ..., C) with places in between, or (B, C, H, W).
         """
-        given = x.to(self._down.dtype)
-        if self._convolution is None:
-            inner = functional.linear(given, self._down)  # (B, ..., N r)
-            return functional.linear(inner * self._factors(inner), self._up)
-        own = self._convolution
-        inner = functional.conv2d(given, self._down, None, own.stride, own.padding, own.dilation)
-        inner = inner.movedim(1, -1)
-        gained = functional.linear(inner * self._factors(inner), self._up)
-        return gained.movedim(-1, 1)
+        given, own = x.to(self._down.dtype), self._convolution
+        if own is None:
+            places = given.reshape(len(given), -1, given.shape[-1])
+            inner = torch.bmm(self._down.expand(len(given), -1, -1), places.mT)
+            gained = torch.matmul(self._weighed(inner).mT, self._up.T)
+            return gained.reshape(*given.shape[:-1], -1)
+        maps = functional.conv2d(given, self._down, None, own.stride, own.padding, own.dilation)
+        gained = torch.matmul(self._up, self._weighed(maps.flatten(2)))
+        return gained.reshape(len(given), -1, *maps.shape[2:])
 
-    def _factors(self, inner: Tensor) -> Tensor:
-        """What multiplies every z_j at every place, (B, ..., N r)."""
-        count, rank = self._gram.shape[:2]
-        z = inner.to(self._gram.dtype).reshape(len(inner), -1, count, rank).permute(2, 0, 1, 3)
-        z = z[self._local]  # (n, B, P, r)
-        square = ((z @ self._gram[self._local].unsqueeze(1)) * z).sum(-1)
-        size = square.clamp_min(0).sqrt()
-        usual = size.mean(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
-        weights = (self._gate.sharpness * size / usual).softmax(0)
-        factors = size.new_ones(count, *weights.shape[1:])
-        factors[self._local] = self._gate.strength * weights
-        factors = factors.permute(1, 2, 0).unsqueeze(-1).expand(-1, -1, -1, rank)
-        return factors.reshape(inner.shape).to(inner.dtype)
+    def _weighed(self, inner: Tensor) -> Tensor:
+        """Every z_j times its weight at every place, (B, N r and more, P)."""
+        width = self._count * self._rank
+        local = inner[:, :width].view(len(inner), self._count, self._rank, -1)
+        size = torch.matmul(self._roots, local.to(self._roots.dtype)).square().sum(2).sqrt_()
+        usual = size.mean(2, keepdim=True).clamp_min_(torch.finfo(size.dtype).tiny)
+        weights = (size * (self._sharpness / usual)).softmax(1).to(inner.dtype)  # (B, N, P)
+        weighed = (local * weights.unsqueeze(2)).flatten(1, 2)
+        return weighed if inner.shape[1] == width else torch.cat([weighed, inner[:, width:]], 1)
+
+
+def _roots(ups: Tensor) -> Tensor:
+    """L^T with L L^T = B^T B, for B (N, C, r)."""
+    wide = ups.to(torch.promote_types(ups.dtype, torch.float32))
+    grams = wide.mT @ wide
+    diagonal = grams.diagonal(dim1=1, dim2=2)
+    usual = diagonal.mean(1, keepdim=True)
+    # Ranks that are empty, or nearly so, have no root without this.
+    diagonal += 1e-7 * usual + torch.finfo(wide.dtype).tiny
+    lower: Tensor = torch.linalg.cholesky_ex(grams).L
+    return lower.mT * (usual > 0).unsqueeze(2)
 
 
 def _padded(factor: Tensor, rank: int, dimension: int) -> Tensor:

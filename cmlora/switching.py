@@ -222,14 +222,17 @@ class AdapterSwitch:
             scales = {name: _scale(layer, name, here[name]) for name in names}
             scales = {name: scale for name, scale in scales.items() if scale is not None}
             weight = self._fused.get(index)
+            shared = names if gate and index in self._gateable and decides(gate, names) else []
             if weight is not None:
-                exchanged.append((weight, weight.under(scales if gate is None else {})))
-            beside = weight is None or gate is not None
+                if gate and shared:
+                    shared = [name for name in shared if name not in gate.everywhere]
+                within = {name: scales[name] for name in names if name not in shared}
+                exchanged.append((weight, weight.under(within)))
             activation.append(
-                _Activation(layer, vars(layer), names, _scaling(layer), scales, beside)
+                _Activation(layer, vars(layer), names, _scaling(layer), scales, weight is None)
             )
-            if gate is not None and index in self._gateable and decides(gate, names):
-                standing_in.append((vars(layer), gated(layer, gate, names, scales)))
+            if gate and shared:
+                standing_in.append((vars(layer), gated(layer, gate, shared, scales)))
         return _Activations(activation, exchanged, standing_in)
 
     def _resolve(self, name: str, strength: Strength) -> list[float]:

@@ -69,16 +69,21 @@ def expected(layer: Any, x: torch.Tensor, weights: dict[str, float], gate: Gate)
         }
         usual = {n: sum(size[n].values()) / len(places) for n in local}
         for p in places:
-            shares = softmax([gate.sharpness * size[n][p] / usual[n] for n in local])
+            shares = softmax([gate.sharpness * size[n][p] / (usual[n] or 1.0) for n in local])
             for name, share in zip(local, shares, strict=True):
                 result[(b, *p)] += gate.strength * share * updates[name][(b, *p)]
     return result
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("silent", [False, True])
 @pytest.mark.parametrize("layer", ["tokens", "vector", "conv"])
-def test_every_place_is_shared_out_as_the_formula_says(layer: str, fused: bool) -> None:
+def test_every_place_is_shared_out_as_the_formula_says(
+    layer: str, silent: bool, fused: bool
+) -> None:
     model = net()
+    if silent:  # a LoRA that was never trained in this layer
+        getattr(model, layer).lora_B["b"].weight.data.zero_()
     inner: Any = getattr(model, layer)
     shape = {"tokens": (2, 7, 6), "vector": (3, 6), "conv": (2, 6, 4, 5)}[layer]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -96,6 +101,20 @@ def test_every_place_is_shared_out_as_the_formula_says(layer: str, fused: bool) 
         AdapterSwitch(net()).activate({"a": 1.0})
     assert "forward" not in vars(inner)
     assert not torch.allclose(alone if x.ndim < 4 else alone.movedim(1, -1), found)
+
+
+@pytest.mark.parametrize("layer", ["tokens", "conv"])
+def test_half_precision_is_near(layer: str) -> None:
+    shape = {"tokens": (2, 7, 6), "conv": (2, 6, 4, 5)}[layer]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    answers = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = net().to(dtype)
+        AdapterSwitch(model).activate({"a": 1.0, "b": 0.6, "c": 0.8}, GATE)
+        with torch.no_grad():
+            answers.append(getattr(model, layer)(x.to(dtype)))
+    assert answers[1].dtype == torch.bfloat16
+    torch.testing.assert_close(answers[1].float(), answers[0], rtol=0.05, atol=0.1)
 
 
 def test_strengths_that_change_do_not_pile_up_copies() -> None:
