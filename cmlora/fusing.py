@@ -16,9 +16,11 @@ _OFFLOADING = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_gro
 
 def resident(module: nn.Module) -> bool:
     """Whether nothing else moves a model's weights about, as offloading does."""
-    hooks = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
-    moved = any(name in hook.hooks for hook in hooks if hook for name in _OFFLOADING)
-    return not moved and not any(hasattr(m, "_hf_hook") for m in module.modules())
+    for attributes in map(vars, module.modules()):
+        hook = attributes.get("_diffusers_hook")
+        if "_hf_hook" in attributes or (hook and any(name in hook.hooks for name in _OFFLOADING)):
+            return False
+    return True
 
 
 def check_resident(module: nn.Module) -> None:

@@ -75,7 +75,7 @@ def stateful_hooks(module: nn.Module, *, besides: ModelHook) -> list[tuple[Model
     return [
         (hook, child)
         for child in module.modules()
-        for hook in getattr(getattr(child, "_diffusers_hook", None), "hooks", {}).values()
+        for hook in getattr(vars(child).get("_diffusers_hook"), "hooks", {}).values()
         if hook._is_stateful and hook is not besides
     ]
 
