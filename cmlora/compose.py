@@ -21,6 +21,7 @@ from cmlora.caching.store import Store
 from cmlora.caching.unet import Cut, UNetCache
 from cmlora.engine import HOOK, CompositionHook
 from cmlora.errors import CmloraError
+from cmlora.gating import plain
 from cmlora.hooks import Attachment, forget_children, hook_of
 from cmlora.macs import MacCounter
 from cmlora.members import check_loaded, described, unknown
@@ -173,6 +174,7 @@ def compose(
         composed = relevance.weighed(pipe, label, chosen, prompt, composed)
     reason = ""
     if label == "auto" and composed:
+        chosen = {"plain": all(map(plain, models.values())), **chosen}
         guess = choose(composed, _STEPS, cacheable=_cacheable(pipe, models.values()), **chosen)
         if cache == "none":
             policy = parse(guess.cache)

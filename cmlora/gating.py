@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d, Linear
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cmlora.plan import Gate
@@ -25,6 +26,11 @@ def gateable(layer: Any) -> bool:
     base = layer.get_base_layer()
     usual = getattr(base, "groups", 1) == 1 and getattr(base, "padding_mode", "zeros") == "zeros"
     return usual and not (layer.lora_variant or any(layer.lora_bias.values()))
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether every adapter layer of a model is `gateable`, so that a gate shares all of it out."""
+    return all(map(gateable, (m for m in module.modules() if isinstance(m, BaseTunerLayer))))
 
 
 class GatedLoRAs:
@@ -92,7 +98,7 @@ class GatedLoRAs:
         local = inner[:, :width].view(len(inner), self._count, self._rank, -1)
         size = torch.matmul(self._roots, local.to(self._roots.dtype)).square().sum(2).sqrt_()
         usual = size.mean(2, keepdim=True).clamp_min_(torch.finfo(size.dtype).tiny)
-        weights = (size * (self._sharpness / usual)).softmax(1).to(inner.dtype)  # (B, N, P)
+        weights = (size / usual).mul_(self._sharpness).softmax(1).to(inner.dtype)  # (B, N, P)
         weighed = (local * weights.unsqueeze(2)).flatten(1, 2)
         return weighed if inner.shape[1] == width else torch.cat([weighed, inner[:, width:]], 1)
 

@@ -16,6 +16,7 @@ from cmlora.caching.unet import Cut
 from cmlora.cost import PassCost, pass_macs, shapes
 from cmlora.engine import Report
 from cmlora.errors import CmloraError
+from cmlora.gating import plain
 from cmlora.pipelines.assembly import assemble as assemble
 from cmlora.pipelines.assembly import restore as restore
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
@@ -170,7 +171,7 @@ def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, dict[str, float], s
     chosen = choose(
         pipe.ensemble.members(pipe.ensemble.weights()),
         wish.steps,
-        budget=options.get("budget", 2.0),
+        **{"plain": all(map(plain, denoisers.find(pipe.pipe).values())), **options},
         cacheable=default_cache("cmlora", pipe.pipe) != "none",
         interference=interference,
         sizes=sizes,

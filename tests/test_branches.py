@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from cmlora.branches import share_uncond
 from cmlora.caching.policy import parse, tally
@@ -161,7 +162,14 @@ def test_features_of_other_strengths_are_not_reused() -> None:
     assert tally(plans) == (active.report.full, active.report.light)
 
 
-def test_auto_chooses_a_cache_and_says_why(pipe: Any) -> None:
+def test_auto_chooses_a_cache_and_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with compose(pipe, NAMES, method="auto") as active:
+        shared = tiny.run(pipe, steps=12)
+    assert active.reason.startswith("gate: in one pass per step")
+    with compose(pipe, NAMES, method="gate"):
+        assert torch.equal(tiny.run(pipe, steps=12), shared)
+    layer: Any = next(m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer))
+    monkeypatch.setitem(layer.lora_bias, NAMES[0], True)  # no plain LoRA any more
     with compose(pipe, NAMES, method="auto") as active:
         tiny.run(pipe, steps=12)
     assert active.reason.startswith("select with uniform:2 and a shared unconditional branch")

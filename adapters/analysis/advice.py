@@ -186,13 +186,13 @@ def _method(found: Findings) -> Iterator[Advice]:
             clashes = True
             yield Advice(
                 "method",
-                f"keep {one} and {other} in separate passes: composite or cmlora",
+                f"do not add up {one} and {other}: gate keeps them apart, place by place",
                 f"cosine {cosine:.2f}, {excess:.0%} of their directions shared beyond chance",
             )
     if not clashes and len(found.names) > 1:
         yield Advice(
             "method",
-            "merge is safe and costs one pass; composite and cmlora may still separate better",
+            "merge is safe; gate may still separate better, in one pass too",
             "no two LoRAs push in the same directions",
         )
 

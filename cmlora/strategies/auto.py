@@ -12,6 +12,7 @@ from cmlora.plan import Member, Plan, Policy, Step
 from cmlora.strategies._passes import by_name
 from cmlora.strategies.delta import delta
 from cmlora.strategies.freeswitch import freeswitch
+from cmlora.strategies.gate import gate
 from cmlora.strategies.merge import merge
 from cmlora.strategies.options import Between
 from cmlora.strategies.select import select
@@ -58,6 +59,7 @@ def auto(
     policy: Policy,
     *,
     budget: Annotated[float, Between(1)] = 2.0,
+    plain: bool = True,
 ) -> Plan:
     """The plan of the method that `choose` finds for these LoRAs and this number of steps.
 
@@ -69,10 +71,12 @@ def auto(
         members: the LoRAs.
         policy: when cached features are refreshed.
         budget: mean cost of a step in merge passes, 1 or more.
+        plain: whether all layers hold plain LoRAs, which is what `gate` can share out.
     """
-    chosen = choose(members, step.count, budget=budget, cacheable=policy.reuse)
+    chosen = choose(members, step.count, budget=budget, plain=plain, cacheable=policy.reuse)
     methods = {
         "merge": merge,
+        "gate": gate,
         "select": select,
         "delta": delta,
         "freeswitch": freeswitch,
@@ -100,6 +104,7 @@ def choose(
     count: int,
     *,
     budget: float = 2.0,
+    plain: bool = True,
     cacheable: bool = True,
     interference: float | None = None,
     sizes: Mapping[str, float] | None = None,
@@ -110,6 +115,8 @@ def choose(
         members: the LoRAs.
         count: T, the number of steps.
         budget: mean cost of a step in merge passes.
+        plain: whether all layers hold plain LoRAs. Then one pass is enough, whatever the budget:
+            no method with more of them drew more concepts in the embedded world.
         cacheable: whether features of the model can be reused.
         interference: largest absolute cosine between two LoRAs' updates, if it is known.
         sizes: norm of every LoRA's update, if known.
@@ -128,6 +135,9 @@ def choose(
     if interference is not None and interference < APART:
         reason = f"merge: the updates hardly overlap (largest cosine {interference:.2f})"
         return Choice("merge", reason=reason + said, **common)
+    if plain:
+        reason = "gate: in one pass per step every place of every layer follows the right LoRAs"
+        return Choice("gate", reason=reason + said, **common)
     passes = n + 1
     if passes <= budget:
         reason = f"select: {passes} full passes per step are within the budget of {budget:g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from cmlora.plan import Member, Plan, Policy, Step
@@ -26,6 +27,7 @@ def select(
     prior: Annotated[float, Between(0)] = 0.0,
     keep: Literal["label", "measured", "none"] = "label",
     spread: Annotated[float, Between(0, 1)] = 0.9,
+    common: Annotated[float, Between(0)] = 1.0,
     guidance: Literal["after", "before"] = "after",
 ) -> Plan:
     """A base pass and one pass for each of N LoRAs, combined as
@@ -64,15 +66,17 @@ def select(
         spread: from which value of (mean |d_j|)^2 / mean |d_j|^2 on a LoRA is measured global. It
             is 1 for one that changes all places alike and the share of the area for one that
             changes a part of it.
+        common: what multiplies the weights of those that are active in every pass.
         guidance: whether the pipeline's guidance comes ``after`` the selection, which is then
             made for each branch by itself, or ``before``: both branches are weighed by the guided
             departures. Pipelines that call the model once per branch have the former only.
     """
     ordered = by_name(members)
-    common = everywhere(step, ordered, keep, spread)
-    local = [member for member in ordered if member not in common]
+    kept = everywhere(step, ordered, keep, spread)
+    local = [member for member in ordered if member not in kept]
+    weaker = tuple(replace(member, weight=common * member.weight) for member in kept)
     if len(local) == 1:
-        return Plan((together(ordered, may_reuse(step, policy)),))
+        return Plan((together(by_name([*local, *weaker]), may_reuse(step, policy)),))
     progress = step.index / max(step.count - 1, 1)
     end = sharpness if sharpness_end is None else sharpness_end
     how = Selection(
@@ -86,9 +90,9 @@ def select(
         trust=prior,
         guidance=step.guidance if guidance == "before" else None,
     )
-    measuring = keep == "measured" and step.index == 0 and not common
+    measuring = keep == "measured" and step.index == 0 and not kept
     return Plan(
-        each(step, policy, local, base=True, common=common),
+        each(step, policy, local, base=True, common=weaker),
         combination(how),
         spreads([member.name for member in local]) if measuring else None,
     )

@@ -10,6 +10,9 @@ from cmlora.strategies.auto import LIGHT, choose
 
 SET = [Member(name) for name in "abcde"]
 CURVE = ((0.0, 1.0), (1.0, 0.0))
+MEASURED = [Member(n, importance=CURVE) for n in "ab"]
+OTHERS = {"plain": False}
+"""Adapters that are no plain LoRAs, whose layers cannot be shared out."""
 
 
 @pytest.mark.parametrize(
@@ -17,13 +20,15 @@ CURVE = ((0.0, 1.0), (1.0, 0.0))
     [
         (SET[:1], {}, "merge", "single LoRA"),
         (SET, {"interference": 0.01}, "merge", "hardly overlap"),
-        (SET, {"interference": 0.5, "budget": 6.0}, "select", "within the budget"),
-        (SET, {"budget": 2.1}, "select", "uniform:3"),
-        (SET, {"budget": 2.1, "cacheable": False}, "delta", "2 passes per step"),
-        (SET, {"budget": 1.5}, "delta", "1.5 passes per step"),
-        (SET, {"budget": 1.0}, "switch", "one pass per step"),
-        (SET, {"count": 4}, "merge", "nothing to reuse"),
-        ([Member(n, importance=CURVE) for n in "ab"], {"count": 4}, "freeswitch", "profiles"),
+        (SET, {"interference": 0.5, "budget": 6.0}, "gate", "one pass per step"),
+        (SET, {"count": 4, "budget": 1.0}, "gate", "one pass per step"),
+        (SET, {"interference": 0.5, "budget": 6.0, **OTHERS}, "select", "within the budget"),
+        (SET, {"budget": 2.1, **OTHERS}, "select", "uniform:3"),
+        (SET, {"budget": 2.1, "cacheable": False, **OTHERS}, "delta", "2 passes per step"),
+        (SET, {"budget": 1.5, **OTHERS}, "delta", "1.5 passes per step"),
+        (SET, {"budget": 1.0, **OTHERS}, "switch", "one pass per step"),
+        (SET, {"count": 4, **OTHERS}, "merge", "nothing to reuse"),
+        (MEASURED, {"count": 4, **OTHERS}, "freeswitch", "profiles"),
     ],
 )
 def test_the_choice_and_its_reason(members, options, method, words) -> None:  # type: ignore[no-untyped-def]
@@ -39,9 +44,10 @@ def test_the_choice_and_its_reason(members, options, method, words) -> None:  # 
 
 @pytest.mark.parametrize("budget", [1.0, 1.5, 2.0, 3.0, 6.0])
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_the_budget_is_kept(budget: float, n: int) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_budget_is_kept(budget: float, n: int, plain: bool) -> None:
     count = 60
-    chosen = choose(SET[:n], count, budget=budget)
+    chosen = choose(SET[:n], count, budget=budget, plain=plain)
     plans = schedule(chosen.method, SET[:n], count, chosen.cache, **chosen.options)
     if chosen.uncond == "shared":
         plans = tuple(map(share_uncond, plans))
@@ -69,7 +75,12 @@ def test_a_loud_lora_is_toned_down() -> None:
 
 
 def test_the_strategy_does_what_was_chosen() -> None:
-    for budget, method in ((6.0, "select"), (1.5, "delta"), (1.0, "switch")):
-        ours = schedule("auto", SET, 20, budget=budget)
+    for budget, method, plain in (
+        (6.0, "gate", True),
+        (6.0, "select", False),
+        (1.5, "delta", False),
+        (1.0, "switch", False),
+    ):
+        ours = schedule("auto", SET, 20, budget=budget, plain=plain)
         theirs = schedule(method, SET, 20)
         assert [p.passes for p in ours] == [p.passes for p in theirs]

@@ -59,8 +59,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("multlfg", {"levels": 2, "top": 2}),
     ("klora", {"curve": "wrapped"}),
     ("gate", {"keep": "none", "strength": 1.5}),
-    ("auto", {"budget": 6.0}),
-    ("auto", {"budget": 1.0}),
+    ("auto", {"budget": 6.0, "plain": False}),
+    ("auto", {"budget": 1.0, "plain": False}),
+    ("auto", {}),
 ]
 
 every_case = pytest.mark.parametrize(

@@ -15,7 +15,6 @@ NAMES = ["a", "b", "c"]
 STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
     "lorahub": {"coefficients": (0.5, 1.0, -0.5)},
-    "auto": {"budget": 9.0},  # enough for select without a cache
 }
 with_loras = pytest.mark.parametrize("method", [method for method in METHODS if method != "naive"])
 
@@ -63,7 +62,7 @@ def test_every_method_makes_another_picture(pipe: Any) -> None:
     """But for those that differ only by what nobody has measured here."""
     alike = [
         {"switch", "switch_a", "w_switch", "freeswitch"},
-        {"select", "auto"},
+        {"gate", "auto"},
         {"composite", "w_composite"},
     ]
     roles: Any = {"a": "low"}
