@@ -200,3 +200,15 @@ def test_slots_are_renewed_in_turn() -> None:
     plans = schedule("select", members, 9, "uniform:2+turns")
     full = [[item.key for item in plan.passes if not item.may_reuse] for plan in plans]
     assert full == [["base", "a", "b"], [], ["base"], [], ["a"], [], ["b"], [], ["base"]]
+
+
+def test_what_is_everywhere_may_be_weaker() -> None:
+    members = [Member("a"), Member("b", 0.5), Member("ink", 0.8, scope="global")]
+    (plan,) = schedule("select", members, 1, common=0.5)
+    assert [dict(single.weights) for single in plan.passes] == [
+        {"ink": 0.4},
+        {"a": 1.0, "ink": 0.4},
+        {"b": 0.5, "ink": 0.4},
+    ]
+    (single,) = schedule("select", [members[0], members[2]], 1, common=0.5)
+    assert dict(single.passes[0].weights) == {"a": 1.0, "ink": 0.4}
