@@ -12,7 +12,6 @@ that was stopped goes on where it was; the pictures' contents are kept in RUN/al
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cmlora.atomic import replacing
+from cmlora.cli.arguments import variants
 from cmlora.emoji import probe
 from cmlora.emoji.world import BY_CONCEPT
 from cmlora.eval.jobs import noise_index
@@ -155,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     study = Study(options.run)
     wanted = {int(seed) for seed in options.seeds.split(",") if seed}
-    methods = [label for label in re.split(r",(?![^\[]*\])", options.methods) if label]
+    methods = variants(options.methods)
     records = [
         record
         for record in study.records().values()

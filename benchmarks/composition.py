@@ -9,10 +9,10 @@ With `--name` and `--title` another run gets files of its own.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from cmlora.atomic import replacing
+from cmlora.cli.arguments import variants
 from cmlora.eval.metrics import metric_of
 from cmlora.eval.report.gallery import contact_sheet, shelves
 from cmlora.eval.report.plots import quality_against_cost, quality_by_size
@@ -141,9 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     name = options.name
     study = Study(options.run)
-    summary = summarise(
-        study, [label for label in re.split(r",(?![^\[]*\])", options.methods) if label]
-    )
+    summary = summarise(study, variants(options.methods))
     if PLOTTED not in summary.values:
         parser.error(f"the run has no {PLOTTED}: cmlora evaluate score {options.run}")
     main_metric = metric_of(PLOTTED)

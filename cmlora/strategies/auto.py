@@ -116,7 +116,7 @@ def choose(
         count: T, the number of steps.
         budget: mean cost of a step in merge passes.
         plain: whether all layers hold plain LoRAs. Then one pass is enough, whatever the budget:
-            no method with more of them drew more concepts in the embedded world.
+            of the methods in benchmarks/composition.md none with more of them draws more concepts.
         cacheable: whether features of the model can be reused.
         interference: largest absolute cosine between two LoRAs' updates, if it is known.
         sizes: norm of every LoRA's update, if known.

@@ -114,10 +114,17 @@ def test_units_that_two_models_keep_make_wider_layers(
     copy = CMLoRAPipeline.from_pretrained(tmp_path / "copy")
     copy.load_lora_weights(lora_folder / "cat.safetensors", adapter_name="cat")
     assert len(copy("a cat", num_inference_steps=1, method="merge").images) == 1
-    widths = json.loads((out / "unet" / "config.json").read_text())
-    widths["cmlora_widths"][name] = [1, 1]
-    (out / "unet" / "config.json").write_text(json.dumps(widths))
-    with pytest.raises(CmloraError, match="does not hold the layers it names"):
+    config = out / "unet" / "config.json"
+    good = json.loads(config.read_text())
+    for widths in (3, [], {"nowhere": [1, 1]}, {name: [1]}, {name: [-4, 2]}, {"conv_in": [4, 4]}):
+        config.write_text(json.dumps({**good, "cmlora_widths": widths}))
+        with pytest.raises(CmloraError, match="does not hold the layers it names"):
+            open_pipeline(out)
+    config.write_text(json.dumps({**good, "_class_name": "HTTPServer"}))
+    with pytest.raises(CmloraError, match="diffusers has no model"):
+        open_pipeline(out)
+    config.write_text("{")
+    with pytest.raises(CmloraError, match="cannot be read"):
         open_pipeline(out)
 
 
