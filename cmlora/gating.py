@@ -122,12 +122,58 @@ def _padded(factor: Tensor, rank: int, dimension: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], dimension)
 
 
+class SpreadLoRAs:
+    """The same of layers whose factors can be had only by calling them, as when they are offloaded.
+
+    Every u_j is formed. For the arguments see `GatedLoRAs`.
+    """
+
+    def __init__(
+        self, layer: Any, gate: Gate, names: Sequence[str], scales: Mapping[str, float]
+    ) -> None:
+        self._layer, self._gate, self._scales = layer, gate, {n: scales[n] for n in names}
+        self._channels = -1 if isinstance(layer, Linear) else 2  # of all outputs together
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output; see `GatedLoRAs.__call__`."""
+        everywhere = self._gate.everywhere
+        outputs = {name: self._output(name, x) for name in self._scales}
+        local = torch.stack([u for name, u in outputs.items() if name not in everywhere])
+        wide = local.to(torch.promote_types(local.dtype, torch.float32))
+        size = wide.square().sum(self._channels, keepdim=True).sqrt()  # (N, B, places)
+        usual = size.flatten(2).mean(2).view(*size.shape[:2], *[1] * (size.ndim - 2))
+        usual = usual.clamp_min(torch.finfo(size.dtype).tiny)
+        weights = (self._gate.sharpness * size / usual).softmax(0).to(local.dtype)
+        gained = self._gate.strength * (weights * local).sum(0)
+        return sum((u for name, u in outputs.items() if name in everywhere), gained)
+
+    def _output(self, name: str, x: Tensor) -> Tensor:
+        """u_j."""
+        given = x.to(self._layer.lora_A[name].weight.dtype)
+        output: Tensor = self._layer.lora_B[name](self._layer.lora_A[name](given))
+        return output * self._scales[name]
+
+
 def gated(layer: Any, gate: Gate, names: Sequence[str], scales: Mapping[str, float]) -> Forward:
-    """A layer's forward under a gate; for the arguments see `GatedLoRAs`."""
-    base, gain = layer.base_layer, GatedLoRAs(layer, gate, names, scales)
+    """A layer's forward under a gate; for the arguments see `GatedLoRAs`.
+
+    A model may be moved between calls, as offloading does just before it is run: what is built of
+    the factors follows them.
+    """
+    base, down = layer.base_layer, layer.lora_A[names[0]]
+
+    def built() -> tuple[torch.device, Forward]:
+        place = down.weight.device
+        make = SpreadLoRAs if place.type == "meta" else GatedLoRAs
+        return place, make(layer, gate, names, scales)
+
+    place, gain = built()
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal place, gain
         result: Tensor = base(x, *args, **kwargs)
+        if down.weight.device != place:
+            place, gain = built()
         return result + gain(x).to(result.dtype)
 
     return forward

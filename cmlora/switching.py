@@ -17,7 +17,7 @@ from cmlora.plan import Gate, Strength
 
 _MISSING: Any = object()
 _REMEMBERED = 256
-_GATED = 2  # each holds the factors of all its LoRAs once more
+_GATED = 1  # each holds the factors of all its LoRAs once more
 
 
 _ATTRIBUTES = ("_active_adapter", "_disable_adapters")
