@@ -5,14 +5,21 @@ README.md in this folder has the commands that make the run. Then
     python benchmarks/composition.py RUN
 
 writes composition.md, composition.csv, composition.png and the plots; nothing is typed by hand.
-With `--name` and `--title` another run gets files of its own.
+With `--name` and `--title` another run gets files of its own. `--merged FILE` adds what merged
+files reach, from the merged.json that merged.py writes; without a run, to the page that is there.
 """
 
 import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from cmlora.atomic import replacing
 from cmlora.cli.arguments import variants
+from cmlora.errors import CmloraError
 from cmlora.eval.metrics import metric_of
 from cmlora.eval.report.gallery import contact_sheet, shelves
 from cmlora.eval.report.plots import quality_against_cost, quality_by_size
@@ -37,6 +44,7 @@ from cmlora.eval.study import Study
 HERE = Path(__file__).parent
 TABLES = ("instances", "classes", "fidelity", "clip_score", "gmacs", "seconds")
 PLOTTED = "instances"
+MERGED = "## Merged files"
 
 
 def verdict(summary: Summary, focus: str, metric: str = PLOTTED) -> str:
@@ -67,6 +75,78 @@ def verdict(summary: Summary, focus: str, metric: str = PLOTTED) -> str:
             "it is behind some method by more than chance for N = " + ", ".join(map(str, losing))
         )
     return "; ".join(parts) + "."
+
+
+def merged_rows(path: Path) -> list[dict[str, Any]]:
+    """What merged.py measured, one row per method and set.
+
+    Raises:
+        CmloraError: if the file is not of that form.
+    """
+    try:
+        rows = [
+            {
+                "method": str(row["method"]),
+                "names": tuple(map(str, row["names"])),
+                "seeds": int(row["seeds"]),
+                "learn": float(row["learn"]),
+                "each": [float(value) for value in row["each"]],
+                "size": row["bytes"] / row["sources"] if "bytes" in row else None,
+            }
+            for row in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    except OSError as error:
+        raise CmloraError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, ZeroDivisionError):
+        raise CmloraError(f"{path} is not what merged.py writes") from None
+    if not rows:
+        raise CmloraError(f"{path} holds no rows yet")
+    return rows
+
+
+def with_merged(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A page with merging methods as composition methods in a section before its plots.
+
+    Args:
+        page: see `document`; a section that it has already is replaced.
+        rows: see `merged_rows`.
+    """
+    sets: dict[int, set[tuple[str, ...]]] = {}
+    for row in rows:
+        sets.setdefault(len(row["names"]), set()).add(row["names"])
+    compared = {int(n): count for count, n in re.findall(r"(\d+) sets of (\d+) LoRAs", page)}
+    counted = ", ".join(
+        f"{len(sets[n])} of {n} LoRAs (above: {compared.get(n, 0)})" for n in sorted(sets)
+    )
+    pictures = " or ".join(str(count) for count in sorted({row["seeds"] for row in rows}))
+    learn = sorted({row["learn"] for row in rows} - {1.0})
+    text = (
+        "Merging methods as composition methods: every set is merged into one file and drawn from "
+        f"that file alone. These are fewer sets than above, {counted}, with {pictures} pictures of "
+        "each: compare the numbers with the live rows of this table, not with the tables above. "
+    )
+    if learn:
+        shares = " or ".join(f"{share:.0%}" for share in learn)
+        text += f"Learned methods had {shares} of their usual steps. "
+    text += (
+        "Concepts found; size of the file in units of the LoRAs it was made of, all of which live "
+        "compositions need. Made by `python benchmarks/merged.py`."
+    )
+    lines = [MERGED, "", text, ""]
+    lines += ["| method |" + "".join(f" N = {n} |" for n in sorted(sets)) + " file |"]
+    lines += ["|---|" + "---:|" * (len(sets) + 1)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        cells = [f"`{method}`"]
+        for n in sorted(sets):
+            each = [value for row in own if len(row["names"]) == n for value in row["each"]]
+            cells.append(f"{fmean(each):.3f}" if each else "")
+        share = [row["size"] for row in own if row["size"] is not None]
+        cells.append(f"{fmean(share):.2f}" if share else "1.00")
+        lines.append(f"| {' | '.join(cells)} |")
+    before, plots, after = page.partition("## Plots\n")
+    kept = before.partition(MERGED)[0].rstrip()
+    return "\n".join([kept, "", *lines, "", plots + after]).rstrip() + "\n"
 
 
 def document(
@@ -126,7 +206,7 @@ def document(
 def main() -> None:
     """Write everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
-    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of the run")
     parser.add_argument("--out", type=Path, default=HERE, help="where to (default: beside this)")
     parser.add_argument("--baseline", help="method that tables compare with (default: merge)")
     parser.add_argument("--focus", help="method that the text is about (default: cmlora)")
@@ -138,8 +218,23 @@ def main() -> None:
     )
     parser.add_argument("--name", default="composition", help="of the files (default: composition)")
     parser.add_argument("--title", default="Composition methods on the embedded world")
+    parser.add_argument(
+        "--merged", type=Path, help="merged.json of merged.py: merging methods in a table besides"
+    )
     options = parser.parse_args()
     name = options.name
+    try:
+        rows = [] if options.merged is None else merged_rows(options.merged)
+    except CmloraError as error:
+        parser.error(str(error))
+    written = options.out / f"{name}.md"
+    if options.run is None:
+        if not rows or not written.is_file():
+            parser.error(f"name a run; or --merged, for a page that is there ({written})")
+        page = with_merged(written.read_text(encoding="utf-8"), rows)
+        with replacing(written) as file:
+            file.write(page.encode())
+        return
     study = Study(options.run)
     summary = summarise(study, variants(options.methods))
     if PLOTTED not in summary.values:
@@ -154,13 +249,14 @@ def main() -> None:
     drawn = {file: svg for file, svg in drawn.items() if svg and (timed or "_time" not in file)}
     focus, baseline = focus_of(summary, options.focus), baseline_of(summary, options.baseline)
     text = document(study, summary, options, baseline, focus, list(drawn))
+    text = with_merged(text, rows) if rows else text
     options.out.mkdir(parents=True, exist_ok=True)
-    for written, content in {
+    for place, content in {
         f"{name}.md": text,
         f"{name}.csv": _lines(long_csv(summary, baseline), timed),
         **drawn,
     }.items():
-        with replacing(options.out / written) as file:
+        with replacing(options.out / place) as file:
             file.write(content.encode())
     sheet = contact_sheet(study.folder, shelves(summary, 2), tile=144)
     if sheet is not None:

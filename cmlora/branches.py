@@ -26,13 +26,15 @@ def share_uncond(plan: Plan) -> Plan:
     """
     if len(plan.passes) == 1 or any(item.recall for item in plan.passes):
         return plan
+    both = plan.both and share_uncond(plan.both)
+    plan = replace(plan, both=None)
     bases = [i for i, item in enumerate(plan.passes) if not item.weights]
     if bases:
         passes = tuple(
             item if i == bases[0] else replace(item, branch="cond")
             for i, item in enumerate(plan.passes)
         )
-        return replace(plan, passes=passes)
+        return replace(plan, passes=passes, both=both)
     first = Pass({}, all(item.may_reuse for item in plan.passes), branch="uncond")
     others = tuple(replace(item, branch="cond") for item in plan.passes)
     combine, compare, observe = plan.combine, plan.compare, plan.observe
@@ -52,4 +54,4 @@ def share_uncond(plan: Plan) -> Plan:
     if observe is not None:
         seen = observe
         changed = replace(changed, observe=lambda sample, outputs: seen(sample, outputs[1:]))
-    return changed
+    return replace(changed, both=both)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
     from diffusers.hooks.hooks import CacheContext
+    from torch import nn
 
+    from cmlora.guided import Guidance
     from cmlora.tracker import Tick
 
 
@@ -41,7 +45,7 @@ class Call(NamedTuple):
         tick: where the run is.
         context: the cache context the pipeline set, if it sets one.
         sample: what goes in, if it is one tensor.
-        guidance: the scale of guidance if the batch is doubled, the unconditional half first.
+        guidance: which of its branches this call holds.
     """
 
     args: tuple[Any, ...]
@@ -49,4 +53,30 @@ class Call(NamedTuple):
     tick: Tick
     context: CacheContext | None
     sample: torch.Tensor | None
-    guidance: float | None
+    guidance: Guidance
+
+
+class Signature:
+    """A denoiser's arguments by name, however it is called.
+
+    Args:
+        module: the denoiser.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        names = inspect.signature(module.forward).parameters
+        self._positions = {name: position for position, name in enumerate(names)}
+
+    def named(self, call: Call) -> dict[str, Any]:
+        """All arguments of a call."""
+        return {**dict(zip(self._positions, call.args, strict=False)), **call.kwargs}
+
+    def find(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """An argument under whichever of the names it has there."""
+        for name in names:
+            if name in kwargs:
+                return kwargs[name]
+            position = self._positions.get(name)
+            if position is not None and position < len(args):
+                return args[position]
+        return None

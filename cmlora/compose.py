@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -21,19 +20,19 @@ from cmlora.caching.store import Store
 from cmlora.caching.unet import Cut, UNetCache
 from cmlora.engine import HOOK, CompositionHook
 from cmlora.errors import CmloraError
-from cmlora.gating import plain
 from cmlora.hooks import Attachment, forget_children, hook_of
 from cmlora.macs import MacCounter
 from cmlora.members import check_loaded, described, unknown
-from cmlora.plan import Member, Plan, Policy, Role, Step, Strategy
+from cmlora.overlap import Overlap, overlap
+from cmlora.plan import Member, Plan, Policy, Role, Scope, Step, Strategy
 from cmlora.prompts import Prompts
 from cmlora.run import Report, Run
 from cmlora.schedules.apply import scheduled
 from cmlora.schedules.parse import parse_schedule
 from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
-from cmlora.strategies.auto import choose
-from cmlora.strategies.klora import masses
+from cmlora.strategies.auto import Choice, choose, knowing
+from cmlora.strategies.klora import weighed
 from cmlora.switching import AdapterSwitch
 from cmlora.tracker import StepTracker
 
@@ -52,11 +51,17 @@ class Composition:
     Made by `compose`.
     """
 
-    def __init__(self, run: Run, attached: ExitStack, reason: str = "") -> None:
+    def __init__(
+        self, run: Run, attached: ExitStack, decide: Callable[[int], Choice] | None = None
+    ) -> None:
         self._run = run
         self._attached = attached
-        self.reason = reason
-        """Why method "auto" chose what it chose; empty for any other method."""
+        self._decide = decide
+
+    @property
+    def reason(self) -> str:
+        """Why method "auto" chose what it chose, for the last run; empty for any other method."""
+        return self._decide(self._run.expected or _STEPS).reason if self._decide else ""
 
     @property
     def report(self) -> Report:
@@ -87,6 +92,8 @@ def compose(
     cache: str | Policy | Any = "none",
     cut: Cut | Live | tuple[int, int] | None = None,
     roles: Mapping[str, Role] | None = None,
+    scopes: Mapping[str, Scope] | None = None,
+    triggers: Mapping[str, Sequence[str]] | None = None,
     profiles: Mapping[str, Profile] | None = None,
     members: Sequence[Member] | None = None,
     text_encoder: TextEncoder = "all",
@@ -122,8 +129,11 @@ def compose(
             level and block, see `cmlora.caching.unet.Cut`; for transformers how many blocks at
             the beginning and at the end.
         roles: "high" or "low" frequency for LoRAs where you know better than the measurement.
+        scopes: "global" for LoRAs that change the whole picture, such as styles, which `gate` and
+            `select` then keep everywhere, or "local".
+        triggers: trigger words of LoRAs, for methods that weigh LoRAs by the prompt.
         profiles: measured profiles of LoRAs.
-        members: full descriptions of the same LoRAs, instead of strengths, roles and profiles.
+        members: full descriptions of the same LoRAs, instead of strengths; labels win over them.
         text_encoder: which LoRAs act while prompts are encoded: all of them, or none; or
             "per_lora", where every pass gets the embeddings that its own LoRAs make.
         text_weights: strengths in the text encoders, where they differ from those of `loras`.
@@ -134,7 +144,8 @@ def compose(
         schedule: curves that multiply the strengths in the course of the run, by block if you
             like, as text (see `cmlora.schedules.parse`) or as an object.
         uncond: whether every LoRA makes an unconditional prediction of its own, or all use the
-            base model's ("shared"), which saves nearly half of a method with many passes.
+            base model's ("shared"), which saves nearly half of a method with many passes; an error
+            where nothing tells which branch is which.
         prompt: what is going to be drawn, for methods that weigh LoRAs by it.
         count_macs: count multiply-accumulates, attention included, for ``Report.macs``; slows the
             first pass of every kind down.
@@ -154,6 +165,7 @@ def compose(
     _check_choice("text_encoder", text_encoder, TextEncoder)
     _check_choice("execution", execution, Execution)
     _check_choice("uncond", uncond, Uncond)
+    insisted = uncond == "shared"
     label, strategy, chosen = _strategy(method, options)
     foreign = cache if is_config(cache) else named(cache)
     policy = none() if foreign is not None else parse(cache)
@@ -164,21 +176,27 @@ def compose(
     fused = execution == "fused"
     switches = {name: AdapterSwitch(model, fused=fused) for name, model in models.items()}
     text_switches = [AdapterSwitch(e) for e in encoders if isinstance(e, nn.Module)]
-    composed = described(loras, members, roles or {}, profiles or {})
+    composed = described(loras, members, roles or {}, profiles or {}, scopes, triggers)
     everything = [*switches.values(), *text_switches]
     check_loaded(composed, everything, needed=label != _BASE)
     curves.check([member.name for member in composed])
+    _check_blocks(curves, switches.values())
     if label == "klora":
-        composed = _weighed(models.values(), composed)
+        composed = weighed(models.values(), composed)
     if prompt is not None:
         composed = relevance.weighed(pipe, label, chosen, prompt, composed)
-    reason = ""
+    relevance.warn_unless_weighed(label, chosen, composed)
+    decide: Callable[[int], Choice] | None = None
     if label == "auto" and composed:
-        chosen = {"plain": all(map(plain, models.values())), **chosen}
-        guess = choose(composed, _STEPS, cacheable=_cacheable(pipe, models.values()), **chosen)
+        known = overlap(models.values(), [member.name for member in composed])
+        strategy = knowing(known)
+        decide = partial(
+            _choose, composed, known, chosen, cacheable=_cacheable(pipe, models.values())
+        )
+        guess = decide(_STEPS)
         if cache == "none":
             policy = parse(guess.cache)
-        uncond, reason = guess.uncond if uncond == "per_lora" else uncond, guess.reason
+        uncond = guess.uncond if uncond == "per_lora" else uncond
     weights = {m.name: m.weight * curves.text_factor(m.name) for m in composed}
     for name, weight in (text_weights or {}).items():
         if name not in weights:
@@ -231,13 +249,41 @@ def compose(
                 cache=features,
                 prompts=prompts,
                 execution=execution,
+                shared=insisted,
                 absent={lora for each in switches.values() for lora in each.names} - {*own.names},
             )
             stack.callback(Attachment(model, hook, HOOK).remove)
             forget_children(model)
         prepare()
         attached = stack.pop_all()
-    return Composition(run, attached, reason)
+    return Composition(run, attached, decide)
+
+
+def _choose(
+    composed: Sequence[Member],
+    known: Overlap,
+    options: Mapping[str, Any],
+    count: int,
+    *,
+    cacheable: bool,
+) -> Choice:
+    """What "auto" comes to for a number of steps."""
+    return choose(
+        composed,
+        count,
+        **{"plain": known.plain, **options},
+        cacheable=cacheable,
+        interference=known.interference,
+        sizes=known.sizes,
+    )
+
+
+def _check_blocks(curves: Schedule, switches: Iterable[AdapterSwitch]) -> None:
+    """See that every expression of a schedule is found in a denoiser that has the LoRA."""
+    for track in curves.tracks:
+        having = [switch for switch in switches if track.lora in switch.names]
+        if track.blocks and having and not any(s.acts(track.lora, track.blocks) for s in having):
+            having[0].check_blocks(track.lora, track.blocks)
 
 
 def _begin(cache: ForeignCache, run: Run) -> None:
@@ -269,15 +315,6 @@ def _arranged(strategy: Strategy, curves: Schedule, uncond: Uncond) -> Strategy:
         return share_uncond(inner(step, members, policy, *args, **options))
 
     return with_one
-
-
-def _weighed(models: Iterable[nn.Module], members: Sequence[Member]) -> tuple[Member, ...]:
-    """The members with the masses of their updates, over all denoisers."""
-    found: dict[str, dict[str, tuple[float, float]]] = {member.name: {} for member in members}
-    for model in models:
-        for name, modules in masses(model, list(found)).items():
-            found[name].update(modules)
-    return tuple(m if m.mass is not None else replace(m, mass=found[m.name]) for m in members)
 
 
 def _check_choice(name: str, value: Any, choices: Any) -> None:

@@ -64,6 +64,8 @@ class Kind:
         live: how many blocks stay live at the beginning and at the end when features are reused.
         first: which branch of guidance is the first half of a doubled batch; ``None`` if the
             family's pipelines call the denoiser once per branch, or have no guidance.
+        beyond: whether guidance counts from the conditional branch, c + s (c - u), and ends early
+            where the pipeline is told so.
         unbatched: arguments whose first dimension is not the batch.
         listed: arguments that are lists of one item per picture.
     """
@@ -75,6 +77,7 @@ class Kind:
     stacks: tuple[Stack, ...] = ()
     live: tuple[int, int] = (4, 4)
     first: Literal["uncond", "cond"] | None = None
+    beyond: bool = False
     unbatched: tuple[str, ...] = ()
     listed: tuple[str, ...] = ()
 
@@ -118,6 +121,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             scale="joint_attention_kwargs",
             stacks=(Stack("layers", ("x",)),),
             first="cond",
+            beyond=True,
             listed=("x", "cap_feats"),
         ),
         "PixArtTransformer2DModel": Kind(
@@ -182,21 +186,6 @@ def chosen(into: str | Sequence[str] | None) -> tuple[str, ...]:
             known = f"{', '.join(ATTRIBUTES[:-1])} or {ATTRIBUTES[-1]}"
             raise CmloraError(f"into={name!r}: expected {known}")
     return tuple(name for name in ATTRIBUTES if name in names)
-
-
-def doubled_guidance(pipe: Any) -> float | None:
-    """The scale of classifier-free guidance in a running pipeline that doubles its batch for it.
-
-    ``None`` without guidance, and where the batch holds a third part (perturbed attention, edited
-    pictures).
-    """
-    if not getattr(pipe, "do_classifier_free_guidance", False):
-        return None
-    third = ("do_perturbed_attention_guidance", "image_guidance_scale")
-    if any(getattr(pipe, name, False) for name in third):
-        return None
-    scale = getattr(pipe, "guidance_scale", None)
-    return float(scale) if isinstance(scale, int | float) else None
 
 
 def few_steps(pipe: Any) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmlora import container, forms, peft_config
+from cmlora.listing import natural
 from cmlora.lora import TEXT_ENCODERS
 from cmlora.source import Source, open_file
 
@@ -151,13 +152,8 @@ def _blocks(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 block[key].add(row[key])
     return {
         name: {key: sorted(v) if isinstance(v, set) else v for key, v in block.items()}
-        for name, block in sorted(found.items(), key=lambda item: _natural(item[0]))
+        for name, block in sorted(found.items(), key=lambda item: natural(item[0]))
     }
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
 
 def _use(source: Source) -> dict[str, Any]:

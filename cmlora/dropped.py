@@ -20,11 +20,22 @@ from cmlora import container, forms, keys
 PathLike = str | os.PathLike[str]
 
 _PIPELINES = {
-    "Stable Diffusion XL": "StableDiffusionXLPipeline",
-    "Stable Diffusion 3": "StableDiffusion3Pipeline",
-    "FLUX": "FluxPipeline",
+    "AuraFlow": "AuraFlowPipeline",
+    "Chroma": "ChromaPipeline",
+    "CogVideoX": "CogVideoXPipeline",
+    "FLUX.1": "FluxPipeline",
     "FLUX.2": "Flux2Pipeline",
+    "HiDream": "HiDreamImagePipeline",
+    "HunyuanVideo": "HunyuanVideoPipeline",
+    "LTX-2": "LTX2Pipeline",
+    "LTX-Video": "LTXPipeline",
+    "Lumina 2": "Lumina2Pipeline",
+    "Mochi": "MochiPipeline",
+    "PixArt": "PixArtSigmaPipeline",
     "Qwen-Image": "QwenImagePipeline",
+    "Sana": "SanaPipeline",
+    "Stable Diffusion 3": "StableDiffusion3Pipeline",
+    "Stable Diffusion XL": "StableDiffusionXLPipeline",
     "Wan": "WanPipeline",
     "Z-Image": "ZImagePipeline",
 }

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 
-from cmlora import halves, outputs
+from cmlora import guided, halves, outputs
 from cmlora.batching import Execution, Gauge, MixedBatch, Unbatchable, split
 from cmlora.caching.contexts import Contexts
 from cmlora.caching.store import FeatureCache
-from cmlora.calls import Call, Slot
+from cmlora.calls import Call, Signature, Slot
 from cmlora.denoisers import STEERING, Kind, kind
 from cmlora.errors import CmloraError
+from cmlora.guided import Side
 from cmlora.latents import as_tensor, layout
+from cmlora.pairs import Pairs, Rows
 from cmlora.plan import Pass, Plan, Strength, alike
 from cmlora.prompts import Prompts
 from cmlora.run import Report as Report
@@ -64,6 +67,8 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             exchanges whole weights.
         absent: LoRAs that act in another denoiser of the pipeline and not in this one, where a pass
             for them would be one of the base model.
+        shared: the unconditional branch has to be one for all LoRAs; where nobody knows which it
+            is, that is an error.
     """
 
     _is_stateful = True
@@ -77,6 +82,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         prompts: Prompts | None = None,
         execution: Execution = "sequential",
         absent: Collection[str] = (),
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.contexts = StateManager(_NoState)
@@ -86,8 +92,9 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         self._prompts = prompts
         self._execution = execution
         self._absent = frozenset(absent)
+        self._shared = shared
+        self._module: nn.Module | None = None
         self._kind = Kind("")
-        self._positions: dict[str, int] = {}
         self._others: Contexts | None = None
         self._kept: dict[Slot, torch.Tensor] = {}
         self._strengths: dict[Slot, Mapping[str, Strength]] = {}
@@ -98,8 +105,15 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         return self._run.report
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Called by diffusers when the hook goes on: learns the denoiser's signature."""
-        self._positions = {n: i for i, n in enumerate(inspect.signature(module.forward).parameters)}
+        """Called by diffusers when the hook goes on: learns the denoiser's signature.
+
+        The same hook may go on the same denoiser again, and knows where it was.
+        """
+        if self._module is module:
+            return module
+        self._module = module
+        self._signature = Signature(module)
+        self._pairs = Pairs(self._run, self._signature, self._rows)
         self._kind = kind(module)
         self._mixed = MixedBatch(self._switch, self._kind)
         self._gauge = Gauge(module)
@@ -131,33 +145,45 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
     def _carry_out(self, args: tuple[Any, ...], kwargs: dict[str, Any], now: float) -> Any:
         """Run the plan of this call."""
         context = self._outer_context()
-        tick = self._run.tick(self._argument(_TIMESTEP, args, kwargs), context, now)
-        sample = as_tensor(self._argument(_SAMPLE, args, kwargs))
-        maps = layout(self._kind, sample, lambda name: self._argument((name,), args, kwargs))
+        find = partial(self._signature.find, args=args, kwargs=kwargs)
+        tick = self._run.tick(find(_TIMESTEP), context, now)
+        sample = as_tensor(find(_SAMPLE))
+        guidance = guided.guidance(
+            self._run.pipe,
+            self._module,
+            self._kind,
+            tick.branch,
+            sample,
+            named=context is not None,
+            whole=kwargs.get("skip_layers") is None,
+        )
+        maps = layout(self._kind, sample, lambda name: find((name,)))
+        if guidance.side == "both" and self._kind.first == "cond":
+            maps = replace(maps, swapped=True)
         latent = None if sample is None else maps.unpack(sample)
-        call = Call(args, kwargs, tick, context, sample, None)
-        call = call._replace(guidance=self._guidance(call))
-        plan = self._run.plan(tick, latent, call.guidance, self._absent)
+        call = Call(args, kwargs, tick, context, sample, guidance)
+        plan = self._run.plan(tick, latent, guidance, self._absent)
+        if self._shared and guidance.side is None and any(p.branch != "both" for p in plan.passes):
+            raise CmloraError(f"uncond='shared' cannot be carried out: {guidance.doubt}")
         if len(plan.passes) > 1 and kwargs.get("kv_cache_mode") is not None:
             raise CmloraError(
                 "kv_cache holds the keys and values of one LoRA; LoRAs cannot share it: use a "
                 "pipeline without it, or a method with one pass such as merge"
             )
+        return self._pairs.carry_out(plan, call, maps, latent)
+
+    def _rows(self, plan: Plan, call: Call) -> Rows:
+        """Run the passes of a call, and keep what the plan wants kept."""
         slots = self._slots(plan, call)
         results = self._results(plan, slots, call)
-        previous = self._keep(plan, slots, results) if plan.keep else None
-        if plan.observe is not None and not tick.repeated and latent is not None:
-            stacked = outputs.stack([outputs.leaf_tensor(result) for result in results])
-            self._run.observed(plan.observe(latent, maps.unpack(stacked)))
-        return outputs.combine(results, plan, maps, previous)
+        return Rows(results, self._keep(plan, slots, results) if plan.keep else None)
 
     def _results(self, plan: Plan, slots: Sequence[Slot], call: Call) -> list[Any]:
         """The outputs of all passes, in their order."""
         if self._cache is not None and self._steered(call):
             for slot in slots:
                 self._cache.discard(slot)
-        doubled = call.guidance is not None
-        done = halves.sides(plan.passes, doubled=doubled, branch=call.tick.branch)
+        done = halves.sides(plan.passes, call.guidance.side)
         recalled = [
             single.recall and {slot, slots[0]} <= self._kept.keys()
             for single, slot in zip(plan.passes, slots, strict=True)
@@ -178,7 +204,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             for slot in slots:
                 self._cache.discard(slot)
         ran = [None if again else side for side, again in zip(done, recalled, strict=True)]
-        results = halves.complete(results, ran)
+        results = halves.complete(self._kind, results, ran)
         for index, again in enumerate(recalled):
             if again:
                 before, origin = self._kept[slots[index]], self._kept[slots[0]]
@@ -204,7 +230,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         for single in plan.passes:
             loras = tuple(sorted(single.weights))
             branch, shape = call.tick.branch, _shape(call.sample)
-            if call.guidance is not None and single.branch != "both":
+            if call.guidance.side == "both" and single.branch != "both":
                 shape = (shape[0] // 2, *shape[1:])
             slots.append(Slot(loras, seen[loras], branch, shape))
             seen[loras] += 1
@@ -242,14 +268,14 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             raise Unbatchable("passes cannot be batched: the pictures have different sizes")
         self._mixed.check(sorted({name for single in plan.passes for name in single.weights}))
 
-    def _one(self, single: Pass, slot: Slot, call: Call, side: halves.Side) -> Any:
+    def _one(self, single: Pass, slot: Slot, call: Call, side: Side) -> Any:
         """One pass through the original denoiser."""
         self._switch.activate(single.weights, single.gate)
         args, kwargs = call.args, call.kwargs
         if self._prompts is not None:
-            args, kwargs = (), self._prompts.arguments(slot.loras, self._named(call))
+            args, kwargs = (), self._prompts.arguments(slot.loras, self._signature.named(call))
         if side != "both" and call.sample is not None:
-            named = kwargs if self._prompts is not None else self._named(call)
+            named = kwargs if self._prompts is not None else self._signature.named(call)
             args, kwargs = (), halves.take(self._kind, named, len(call.sample), side)
         measuring: AbstractContextManager[None] = nullcontext()
         if self._execution == "auto" and call.tick.fresh and call.sample is not None:
@@ -260,7 +286,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
                 return self.fn_ref.original_forward(*args, **_own(kwargs))
 
     def _together(
-        self, passes: Sequence[Pass], slots: Sequence[Slot], call: Call, side: halves.Side
+        self, passes: Sequence[Pass], slots: Sequence[Slot], call: Call, side: Side
     ) -> list[Any]:
         """Several passes as one batch; one by one once the model has turned out to mix samples."""
         try:
@@ -272,12 +298,12 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             return [self._one(p, s, call, side) for p, s in zip(passes, slots, strict=True)]
 
     def _many(
-        self, passes: Sequence[Pass], slots: Sequence[Slot], call: Call, side: halves.Side
+        self, passes: Sequence[Pass], slots: Sequence[Slot], call: Call, side: Side
     ) -> list[Any]:
         """Several passes as one batch."""
         assert call.sample is not None
         batch, times = len(call.sample), len(passes)
-        named = halves.take(self._kind, self._named(call), batch, side)
+        named = halves.take(self._kind, self._signature.named(call), batch, side)
         batch = batch if side == "both" else batch // 2
         repeated = {
             name: self._mixed.repeat(name, value, times, batch) for name, value in named.items()
@@ -329,20 +355,15 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
     def _forget(self) -> None:
         """Nothing of a run may reach into another one."""
         self._kept.clear()
+        self._pairs.forget()
         self._strengths.clear()
         if self._cache is not None:
             self._cache.clear()
 
     def _steered(self, call: Call) -> bool:
         """Whether something enters where a light pass skips (a ControlNet, an adapter)."""
-        return any(self._argument((name,), call.args, call.kwargs) is not None for name in STEERING)
-
-    def _guidance(self, call: Call) -> float | None:
-        """The guidance scale if the first half of this call's batch is the unconditional one."""
-        whole = call.sample is not None and len(call.sample) % 2 == 0
-        if self._kind.first != "uncond" or call.context is not None or not whole:
-            return None
-        return None if call.kwargs.get("skip_layers") is not None else self._run.guidance
+        find = self._signature.find
+        return any(find((name,), call.args, call.kwargs) is not None for name in STEERING)
 
     def _outer_context(self) -> CacheContext | None:
         """The cache context the pipeline set, if it sets one."""
@@ -350,23 +371,6 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             return self.contexts.context
         except ValueError:
             return None
-
-    def _named(self, call: Call) -> dict[str, Any]:
-        """All arguments of a call by name."""
-        given = zip(self._positions, call.args, strict=False)
-        return {**dict(given), **call.kwargs}
-
-    def _argument(
-        self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """An argument of the denoiser under whichever of the names it has there."""
-        for name in names:
-            if name in kwargs:
-                return kwargs[name]
-            position = self._positions.get(name)
-            if position is not None and position < len(args):
-                return args[position]
-        return None
 
 
 def _own(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
-from diffusers.hooks import ModelHook
-from diffusers.hooks.hooks import CacheContext
 from torch import nn
 
-from cmlora import outputs
-from cmlora.caching.contexts import Contexts
 from cmlora.caching.policy import none
-from cmlora.denoisers import kind
+from cmlora.engine import HOOK, CompositionHook
 from cmlora.errors import CmloraError
-from cmlora.latents import MAPS, layout
+from cmlora.hooks import Attachment, forget_children, hook_of
 from cmlora.members import check_loaded, described
-from cmlora.plan import Plan, Step
+from cmlora.overlap import overlap
+from cmlora.relevance import weighs
+from cmlora.run import Run
 from cmlora.strategies import METHODS, check_options
+from cmlora.strategies.auto import knowing
+from cmlora.strategies.klora import weighed
 from cmlora.switching import AdapterSwitch
+from cmlora.tracker import Tick
 
-_SAMPLE = ("sample", "hidden_states", "x")
 _PREDICTIONS = ["pred_cond", "pred_uncond"]
 
 
@@ -34,10 +34,10 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
     """Composes LoRAs, and leaves guidance to another guider.
 
     A Modular pipeline asks its guider for the batches to run and hands the predictions back. This
-    one asks the inner guider, has every batch run once per pass of the composition, combines those
-    predictions and gives the inner guider what it expects. `cmlora.compose` works with Modular
-    pipelines too and is the cheaper door, since it can reuse features; this one needs nothing but
-    the place for a guider, and is saved with the pipeline. Features are not reused.
+    one gives it those of the inner guider, and has the engine on the denoiser while each is run,
+    which carries the method out as under `cmlora.compose`. That works with Modular pipelines too
+    and is the cheaper door, since it can reuse features; this one needs nothing but the place for a
+    guider, and is saved with the pipeline. Features are not reused.
 
     Args:
         loras: adapter names, or adapter names with strengths, as a mapping or in pairs; they must
@@ -48,7 +48,8 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
         options: of the method.
 
     Raises:
-        CmloraError: for an unknown method, option or inner guider.
+        CmloraError: for an unknown method, option or inner guider, and for a method that goes by
+            what a guider is not told.
     """
 
     _input_predictions = _PREDICTIONS
@@ -63,14 +64,13 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
         super().__init__()
         self.inner = _guider(inner)
         self._members = described(_strengths(loras), None, {}, {})
-        self._strategy = METHODS[method].object
+        self._method = METHODS[method].name
         self._options = check_options(method, options or {})
-        self._plan: Plan | None = None
-        self._switch: AdapterSwitch | None = None
+        _check_told(method, self._options)
+        self._where = _Told(self.inner)
+        self._branches: list[str] = []
         self._denoiser: nn.Module | None = None
-        self._others: Contexts | None = None
-        self._pass = ExitStack()
-        self._maps = MAPS
+        self._attached = ExitStack()
         settings = {k: v for k, v in self.inner.config.items() if not k.startswith("_")}
         self.register_to_config(
             loras=[[member.name, member.weight] for member in self._members],
@@ -91,7 +91,7 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
 
     @property
     def num_conditions(self) -> int:
-        """How many predictions the inner guider combines; each is made once per pass."""
+        """How many predictions the inner guider combines."""
         return int(self.inner.num_conditions)
 
     def enable(self) -> None:
@@ -105,7 +105,7 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
         self.inner.disable()
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Called by the pipeline before every step: asks the strategy for a plan.
+        """Called by the pipeline before every step.
 
         Args:
             step: index of the step.
@@ -114,93 +114,122 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
         """
         super().set_state(step, num_inference_steps, timestep)
         self.inner.set_state(step, num_inference_steps, timestep)
-        value = float(torch.as_tensor(timestep).reshape(-1)[0])
-        now = Step(step, num_inference_steps, value)
-        self._plan = self._strategy(now, self._members, none(), **self._options)
-        if step == 0:
-            self._others = None
+        self._attached.close()
+        self._where.arrive(step, num_inference_steps, timestep)
 
     def prepare_inputs(self, data: Any) -> list[Any]:
-        """The batches of the inner guider, each once per pass."""
-        return self._per_pass(self.inner.prepare_inputs(data))
+        """The batches of the inner guider."""
+        return self._noted(self.inner.prepare_inputs(data))
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Any) -> list[Any]:
         """The same for pipelines that name the fields of their state."""
-        return self._per_pass(self.inner.prepare_inputs_from_block_state(data, input_fields))
+        return self._noted(self.inner.prepare_inputs_from_block_state(data, input_fields))
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Called before every batch: activates the LoRAs of its pass.
+        """Called before every batch: puts the engine on the denoiser.
 
         Raises:
-            CmloraError: if they are not loaded in this denoiser.
+            CmloraError: if the LoRAs are not loaded in it, or are composed already.
         """
-        plan = self._planned()
-        branch, number = divmod(self._count_prepared, len(plan.passes))
+        if self._count_prepared >= len(self._branches):
+            raise CmloraError("MultiLoRAGuidance: call set_state and prepare_inputs at every step")
+        self._where.branch = self._branches[self._count_prepared]
         super().prepare_models(denoiser)
-        self.inner._count_prepared = branch
         self.inner.prepare_models(denoiser)
-        if self._switch is None or self._denoiser is not denoiser:
-            self._denoiser, self._switch = denoiser, AdapterSwitch(denoiser)
-            check_loaded(self._members, [self._switch], needed=True)
-        if self._others is None:
-            self._others = Contexts(denoiser, besides=ModelHook())
-            self._others.reset()
-        single = plan.passes[number]
-        loras = tuple(sorted(single.weights))
-        self._pass.callback(self._switch.restore, self._switch.snapshot())
-        self._switch.freeze()
-        self._switch.activate(single.weights)
-        if self._others:
-            name = f"{branch}/{loras!r}#{number}"
-            inner = CacheContext(name, self._step, self._num_inference_steps)
-            self._pass.enter_context(self._others.isolated(loras, inner, None))
-        if not callable(plan.combine) and plan.compare is None:
-            return
-        handle = denoiser.register_forward_pre_hook(self._note, with_kwargs=True)
-        self._pass.callback(handle.remove)
+        if hook_of(denoiser, HOOK) is not None:
+            raise CmloraError(
+                "LoRAs are already composed in this denoiser; use cmlora.compose or this guider"
+            )
+        if self._denoiser is not denoiser:
+            self._hook, self._switch = self._carrying_out(denoiser)
+            self._denoiser = denoiser
+        with ExitStack() as stack:
+            stack.callback(self._switch.restore, self._switch.snapshot())
+            self._switch.freeze()
+            stack.callback(forget_children, denoiser)
+            stack.callback(Attachment(denoiser, self._hook, HOOK).remove)
+            forget_children(denoiser)
+            self._attached = stack.pop_all()
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        """Called after every batch: the denoiser's adapters are as before."""
-        self._pass.close()
+        """Called after every batch: the denoiser is as before."""
+        self._attached.close()
         self.inner.cleanup_models(denoiser)
 
     def __call__(self, data: list[Any]) -> Any:
-        """Combine the predictions of the passes, then guide.
+        """Guide.
 
         Args:
             data: the batches of `prepare_inputs`, in their order, with ``noise_pred``.
-
-        Raises:
-            ValueError: if predictions are missing.
         """
-        plan = self._planned()
-        count = len(plan.passes)
-        if len(data) != count * self.num_conditions:
-            raise ValueError(
-                f"{len(data)} predictions for {count} passes and {self.num_conditions} branches"
-            )
-        combined = []
-        for start in range(0, len(data), count):
-            batches = data[start : start + count]
-            batch = copy.copy(batches[0])
-            batch.noise_pred = outputs.combine([b.noise_pred for b in batches], plan, self._maps)
-            combined.append(batch)
-        return self.inner(combined)
+        return self.inner(data)
 
-    def _per_pass(self, batches: list[Any]) -> list[Any]:
-        count = len(self._planned().passes)
-        return [copy.copy(batch) for batch in batches for _ in range(count)]
+    def _noted(self, batches: list[Any]) -> list[Any]:
+        self._branches = [str(getattr(each, self._identifier_key, "")) for each in batches]
+        return batches
 
-    def _planned(self) -> Plan:
-        if self._plan is None:
-            raise CmloraError("MultiLoRAGuidance: call set_state before every step")
-        return self._plan
+    def _carrying_out(self, denoiser: nn.Module) -> tuple[CompositionHook, AdapterSwitch]:
+        """The engine for a denoiser."""
+        switch = AdapterSwitch(denoiser)
+        check_loaded(self._members, [switch], needed=self._method != "naive")
+        strategy, members = METHODS[self._method].object, self._members
+        if self._method == "klora":
+            members = weighed([denoiser], members)
+        if self._method == "auto":
+            strategy = knowing(overlap([denoiser], [member.name for member in members]))
+        self._where.reset()
+        run = Run(
+            strategy,
+            members,
+            none(),
+            tracker=self._where,
+            method=self._method,
+            options=self._options,
+        )
+        # also when a call fails, after which nobody cleans up
+        run.join(begin=lambda: None, end=lambda: self._attached.close())
+        return CompositionHook(run, switch=switch), switch
 
-    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Learn how the denoiser's latents are laid out."""
-        sample = next((kwargs[n] for n in _SAMPLE if n in kwargs), args[0] if args else None)
-        tensor = sample if isinstance(sample, torch.Tensor) else None
-        self._maps = layout(kind(module), tensor, kwargs.get)
+
+class _Told:
+    """A tracker that knows the step from the pipeline.
+
+    Args:
+        guider: the one that does guidance.
+    """
+
+    def __init__(self, guider: Any) -> None:
+        self.pipe = SimpleNamespace(guider=guider)
+        self.branch = ""
+        self._step, self._count, self._timestep = 0, 1, 0.0
+        self._arrived = True
+        self.reset()
+
+    def reset(self) -> None:
+        """What is called next begins a new run."""
+        self._last = -1
+
+    def arrive(self, step: int, count: int, timestep: Any) -> None:
+        """Note a step, whose calls are to come."""
+        value = float(torch.as_tensor(timestep).reshape(-1)[0])
+        self._step, self._count, self._timestep = int(step), max(count, step + 1), value
+        self._arrived = True
+
+    def tick(self, timestep: Any, context: Any = None) -> Tick:
+        """See `cmlora.tracker.StepTracker`."""
+        fresh = self._last < 0 or (self._arrived and self._step <= self._last)
+        repeated = not (fresh or self._arrived)
+        self._last, self._arrived = self._step, False
+        return Tick(self._step, self._count, self._timestep, self.branch, fresh, repeated)
+
+
+def _check_told(method: str, options: Mapping[str, Any]) -> None:
+    """See that a method needs nothing that only a pipeline or a user of `compose` can tell."""
+    missing = "the prompt" if weighs(method, options) else ""
+    if method == "freeswitch":
+        missing = "measured profiles"
+    if missing:
+        raise CmloraError(f"{method} goes by {missing}, unknown to a guider; use cmlora.compose")
 
 
 def _strengths(loras: Any) -> Any:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from cmlora.errors import CmloraError
+from cmlora.schedules.parse import parse_schedule, write_schedule
+from cmlora.schedules.schedule import Schedule, Track
+from cmlora.schedules.tags import ScheduleError, read_tag, write_tag
 
 _PAIR = re.compile(r'\s*([\w][\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _LORA = re.compile(r"<lora:([^:<>]+)((?::[^:<>]*)*)>")
 _LIMIT = 2**18
+_MANY = 32  # arguments of a tag; there are fewer kinds
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,19 @@ class Named:
 
     Args:
         name: of its file, without the suffix.
-        weight: its strength.
+        weight: its strength, which `schedule` multiplies.
         hash: some first digits of its AutoV2 or AutoV3 hash; empty if not stated.
+        schedule: its tag as `cmlora.schedules` writes it, if that says more than one strength.
+        left: what its tag says besides, which only the other program understands.
+        wrong: why no strength can be read from its tag; empty if one can.
     """
 
     name: str
     weight: float = 1.0
     hash: str = ""
+    schedule: str = ""
+    left: tuple[str, ...] = ()
+    wrong: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,34 @@ class Infotext:
     negative_prompt: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
     loras: tuple[Named, ...] = ()
+
+    def schedule(self, names: Sequence[str]) -> str:
+        """The strengths and curves of all tags that say more than one number.
+
+        Args:
+            names: what the LoRAs are called in the pipeline, in the order of their tags.
+
+        Raises:
+            CmloraError: if the strength of one cannot be read.
+
+        >>> parse("a cat <lora:ink:0.5:0.8> <lora:hat:1>").schedule(["ink_v2", "hat"])
+        '<lora:ink_v2:te=0.5:unet=0.8>'
+        """
+        self.check()
+        tracks: list[Track] = []
+        for lora, name in zip(self.loras, names, strict=True):
+            tracks += (replace(t, lora=name) for t in parse_schedule(lora.schedule).tracks)
+        return write_schedule(Schedule(tuple(tracks)))
+
+    def check(self) -> None:
+        """Raises `CmloraError` if the strength of a LoRA cannot be read."""
+        for lora in self.loras:
+            if lora.wrong:
+                raise CmloraError(f"the picture's text, tag of LoRA {lora.name}: {lora.wrong}")
+
+    def notes(self) -> list[str]:
+        """What of the tags is not carried out, a line for each LoRA."""
+        return [f"LoRA {lora.name}: {part}" for lora in self.loras for part in lora.left]
 
     def whole(self, key: str) -> int | None:
         """A value as a whole number, if it is one.
@@ -99,17 +137,52 @@ def parse(text: str) -> Infotext:
     hashes = {name.strip(): digest.strip() for name, digest in pairs}
     whole = "\n".join(prompt)
     loras = [
-        Named(match[1], _weight(match[2]), hashes.get(match[1], "").lower())
+        _named(match[1], match[2].split(":")[1:], hashes.get(match[1], "").lower())
         for match in _LORA.finditer(whole)
     ]
     plain = re.sub(r"[ \t]{2,}", " ", _LORA.sub("", whole)).strip()
     return Infotext(plain, "\n".join(negative or []).strip(), values, tuple(loras))
 
 
-def _weight(text: str) -> float:
-    """The denoiser's strength: the second of two, after that of the text encoder."""
-    numbers = [p for p in text.split(":") if re.fullmatch(r"-?\d{0,4}(\.\d{1,9})?", p) and p]
-    return float(numbers[1] if len(numbers) > 1 else numbers[0]) if numbers else 1.0
+def _named(name: str, arguments: list[str], digest: str) -> Named:
+    """A LoRA with the arguments of its tag, of which the schedules' parser says what they mean."""
+    kept: list[str] = []
+    left: list[str] = []
+    if len(arguments) > _MANY:
+        return Named(name, hash=digest, wrong=f"{len(arguments)} arguments are too many")
+    for argument in arguments:
+        try:
+            _track([*kept, argument])
+        except ScheduleError as error:
+            problem = str(error).partition(": ")[2].rpartition(" (at »")[0]
+            problem = problem.removeprefix("schedule: ")
+            if not _extra(argument, kept):
+                return Named(name, hash=digest, wrong=problem)
+            left.append(f"{argument.strip()!r} is left out: {problem}")
+        else:
+            kept.append(argument)
+    track = _track(kept)
+    points, found = track.curve.points, Named(name, 1.0, digest, left=tuple(left))
+    alike = track.text == points[0][1] or (track.text is None and points[0][1] == 1)
+    if track.curve.constant and alike and track.blocks is None:
+        return replace(found, weight=points[0][1])
+    if not track.curve.constant and track.text is None:
+        left.append("its curve is for the denoiser; in the text encoders its strength is 1")
+    track = replace(track, lora=name.strip() or "x")
+    return replace(found, schedule=write_tag(track), left=tuple(left))
+
+
+def _extra(argument: str, kept: Iterable[str]) -> bool:
+    """Whether an argument is none of those that say how strong a LoRA is."""
+    key = re.match(r"\s*([A-Za-z_]+)\s*=", argument)
+    if key is not None:
+        return key[1].lower() not in ("te", "unet")
+    return sum("=" not in each for each in kept) >= 2
+
+
+def _track(arguments: Iterable[str]) -> Track:
+    tag, _ = read_tag(f"<lora:{':'.join(('x', *arguments))}>", 0)
+    return tag.track
 
 
 def _unquoted(value: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cmlora import family, peft_config, rest
 from cmlora.errors import CmloraError
+from cmlora.listing import listing
 from cmlora.lora import DENOISERS, TEXT_ENCODERS, LoRA, Update
 from cmlora.rest import Remainder, Shift
 
@@ -65,7 +66,8 @@ def insert(
         pipe: any diffusers pipeline with the denoisers and text encoders that the LoRA names.
         lora: the updates.
         name: of the new adapter.
-        strict: modules that the pipeline does not have are an error; otherwise a warning.
+        strict: modules that the pipeline does not have are an error, and so is a header that names
+            another family; otherwise a warning.
         source: how messages call the LoRA; its name by default.
         remainder: what the file changes beside the LoRA's low-rank updates.
         strength: multiplies all of it.
@@ -73,8 +75,9 @@ def insert(
             alone; both are then one LoRA.
 
     Raises:
-        CmloraError: if the name is taken or impossible, if a module is missing or has another
-            shape, or if the model does not end up with exactly these updates.
+        CmloraError: if the name is taken or impossible, if the LoRA is for another family, if a
+            module is missing or has another shape, or if the model does not end up with exactly
+            these updates.
     """
     source = source or lora.name
     made_for = remainder.family if remainder is not None else family.of_lora(lora)
@@ -85,19 +88,29 @@ def insert(
     if strength != 1:
         scaled = {m: replace(u, scale=u.scale * strength) for m, u in lora.updates.items()}
         lora = replace(lora, updates=scaled)
-    fitted, missing = _fit(pipe, lora, source, made_for)
+    theirs = family.of_pipe(pipe)
+    fitted, missing = _fit(pipe, lora, source, f"is for {made_for} and the pipeline is {theirs}")
     shifts: dict[str, dict[str, Shift]] = {}
     if remainder:
         shifts, absent = rest.resolve(pipe, remainder, source, strength)
         missing += absent
     if missing and (strict or not (fitted or shifts)):
         raise CmloraError(
-            f"{source} is for {made_for} and the pipeline is {family.of_pipe(pipe)}: "
+            f"{source} is for {made_for} and the pipeline is {theirs}: "
             f"{listing(missing)} {'is' if len(missing) == 1 else 'are'} not in the pipeline"
             + (", strict=False leaves them out" if fitted or shifts else "")
         )
     if not fitted and not shifts:
         raise CmloraError(f"{source} contains nothing to apply")
+    header = family.contradiction(lora, made_for, theirs)
+    if header is not None:
+        message = f"{source} is for {family.stated(lora.metadata)} and the pipeline is {theirs}"
+        if strict:
+            raise CmloraError(
+                f"{message}: its header says {header}, although its layers fit; load it into its "
+                "own family, or with strict=False if the header is wrong"
+            )
+        warnings.warn(f"{message}: loaded although its header says {header}", stacklevel=3)
     if missing:
         warnings.warn(f"{source}: {listing(missing)} left out, not in the pipeline", stacklevel=3)
     parts = dict.fromkeys([*fitted, *shifts])
@@ -133,16 +146,6 @@ def remove(pipe: Any) -> None:
             PeftAdapterMixin.unload_lora(model)
 
 
-def listing(names: list[str] | tuple[str, ...], shown: int = 3) -> str:
-    """The first few names, and how many more there are.
-
-    >>> listing(["a", "b", "c", "d"])
-    'a, b, c and 1 more'
-    """
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
 def _check_name(pipe: Any, name: str, components: set[str]) -> None:
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise CmloraError(f"{name!r} cannot name a LoRA; use letters, digits, - and _")
@@ -155,7 +158,7 @@ def _check_name(pipe: Any, name: str, components: set[str]) -> None:
 
 
 def _fit(
-    pipe: Any, lora: LoRA, source: str, made_for: str
+    pipe: Any, lora: LoRA, source: str, families: str
 ) -> tuple[dict[str, dict[str, tuple[nn.Module, Update]]], list[str]]:
     """For every component the model's own module names with layer and update; what is missing."""
     fitted: dict[str, dict[str, tuple[nn.Module, Update]]] = {}
@@ -184,10 +187,13 @@ def _fit(
     if wrong:
         # The width of the text is what tells families apart.
         wrong.sort(key=lambda line: "attn2.to_k" not in line)
-        raise CmloraError(
-            f"{source} is for {made_for} and the pipeline is {family.of_pipe(pipe)}: "
-            + listing(wrong, 1)
-        )
+        others = [line.partition(" is ")[0] for line in wrong[1:]]
+        more = f" and {len(others)} more" if others else ""
+        if fitted and others:
+            more = f"; so {'is' if len(others) == 1 else 'are'} {listing(others)}"
+        if fitted and missing:
+            more += f"; {listing(missing)} {'is' if len(missing) == 1 else 'are'} not there"
+        raise CmloraError(f"{source} {families}: {wrong[0]}{more}")
     return fitted, missing
 
 

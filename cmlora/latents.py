@@ -21,13 +21,18 @@ class Layout:
         grid: rows and columns of patches if they are tokens (.., S, 4 C).
         frames: number of frames if they are videos (.., B, C, F, H, W), which become
             (.., B * F, C, H, W).
+        swapped: whether the batch has the conditional half first; maps have it last.
     """
 
     grid: tuple[int, int] | None = None
     frames: int | None = None
+    swapped: bool = False
 
     def unpack(self, latent: torch.Tensor) -> torch.Tensor:
         """Maps (.., B, C, H, W). Tokens past the grid (reference pictures) are left out."""
+        return self._turned(self._unpacked(latent))
+
+    def _unpacked(self, latent: torch.Tensor) -> torch.Tensor:
         if self.frames is not None:
             return latent.transpose(-4, -3).flatten(-5, -4)
         if self.grid is None:
@@ -44,6 +49,7 @@ class Layout:
 
     def pack(self, maps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The inverse of `unpack`; what it left out is taken from ``like``."""
+        maps = self._turned(maps)
         if self.frames is not None:
             return torch.unflatten(maps, -4, (-1, self.frames)).transpose(-4, -3)
         if self.grid is None:
@@ -55,6 +61,9 @@ class Layout:
         leading = range(-split.ndim, -5)
         tokens = split.permute(*leading, -4, -2, -5, -3, -1).flatten(-3, -1).flatten(-3, -2)
         return torch.cat([tokens, like[..., rows * columns :, :]], dim=-2)
+
+    def _turned(self, maps: torch.Tensor) -> torch.Tensor:
+        return maps.roll(maps.shape[-4] // 2, -4) if self.swapped else maps
 
 
 MAPS = Layout()

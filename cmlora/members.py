@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from cmlora.errors import CmloraError
-from cmlora.plan import Member, Role
+from cmlora.plan import Member, Role, Scope
 from cmlora.switching import AdapterSwitch
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ def described(
     members: Sequence[Member] | None,
     roles: Mapping[str, Role],
     profiles: Mapping[str, Profile],
+    scopes: Mapping[str, Scope] | None = None,
+    triggers: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Member, ...]:
     """The LoRAs as strategies see them, in the user's order.
 
@@ -30,6 +32,8 @@ def described(
         members: full descriptions of the same LoRAs, or ``None``.
         roles: the user's labels of frequency classes.
         profiles: measured profiles.
+        scopes: the user's labels of what changes the whole picture.
+        triggers: trigger words.
 
     Raises:
         CmloraError: for names that are unknown or doubled, and values that make no sense.
@@ -46,7 +50,9 @@ def described(
     elif sorted(member.name for member in members) != sorted(names):
         listed = ", ".join(member.name for member in members)
         raise CmloraError(f"members describe {listed}, but loras are {', '.join(names)}")
-    for what, given in (("roles", roles), ("profiles", profiles)):
+    scopes, triggers = scopes or {}, triggers or {}
+    said = {"roles": roles, "profiles": profiles, "scopes": scopes, "triggers": triggers}
+    for what, given in said.items():
         for name in given:
             if name not in names:
                 raise CmloraError(f"{what}: {unknown(name, names, 'composed')}")
@@ -59,6 +65,12 @@ def described(
             raise CmloraError(f"{member.name}: weight {weight} is not finite")
         if role not in (None, *get_args(Role)):
             raise CmloraError(f"{member.name}: role {role!r}; expected 'high' or 'low'")
+        scope = scopes.get(member.name, member.scope)
+        if scope not in (None, *get_args(Scope)):
+            raise CmloraError(f"{member.name}: scope {scope!r}; expected 'global' or 'local'")
+        words = triggers.get(member.name, member.triggers)
+        if isinstance(words, str):
+            raise CmloraError(f"{member.name}: triggers {words!r}; expected a list of words")
         profile = profiles.get(member.name)
         if profile is not None:
             member = replace(
@@ -67,7 +79,8 @@ def described(
                 window=profile.window,
                 importance=profile.importance,
             )
-        result.append(replace(member, weight=float(weight), role=role))
+        known = replace(member, weight=float(weight), role=role, scope=scope)
+        result.append(replace(known, triggers=tuple(words)))
     return tuple(result)
 
 

@@ -73,8 +73,11 @@ class Step:
             schedule is inspected without a model.
         observed: what the plans of earlier steps asked to have measured, oldest first.
         sigma: the noise level as the scheduler counts it; ``None`` if it is not known.
-        guidance: the scale of classifier-free guidance if the first half of the batch is the
-            unconditional branch and the second the conditional one; ``None`` otherwise.
+        guidance: the scale of classifier-free guidance, u + s (c - u); ``None`` without it, or if
+            it is not known. Of the outputs of a plan the first half is the unconditional branch
+            and the second the conditional one, unless they are ``apart``.
+        apart: the branches come, or may come, in calls of their own, the conditional one first;
+            see `Plan.both`.
         changes: relative change of the denoiser's input since the step before, one number per
             step up to this one, the first 0; empty unless the cache policy asks for it.
     """
@@ -87,6 +90,7 @@ class Step:
     sigma: float | None = None
     guidance: float | None = None
     changes: tuple[float, ...] = ()
+    apart: bool = False
 
     @property
     def fraction(self) -> float:
@@ -184,10 +188,15 @@ class Plan:
         keep: the outputs stay for the next step, for passes with ``recall`` and for ``compare``.
         compare: instead of ``combine``, a function of the stacked outputs and those of the step
             before in the same order; ``None`` for the latter if a pass was not among them.
+        both: the same passes with functions of both branches of guidance, the unconditional half
+            first, for when they come apart. The plan itself then serves a branch by itself: without
+            guidance, and for a conditional call whose outputs decide alone.
+        ahead: the conditional result of ``both`` has to do with unconditional outputs, which are
+            then made beforehand, with what the unconditional call was given at the step before.
 
     Raises:
         ValueError: if there is no pass, or shares do not match the passes or do not sum to 1, or
-            outputs are compared or recalled that are not kept.
+            outputs are compared or recalled that are not kept, or ``both`` has other passes.
     """
 
     passes: tuple[Pass, ...]
@@ -195,10 +204,14 @@ class Plan:
     observe: Observe | None = None
     keep: bool = False
     compare: Compare | None = None
+    both: Plan | None = None
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if not self.passes:
             raise ValueError("a plan needs at least one pass")
+        if self.both is not None and len(self.both.passes) != len(self.passes):
+            raise ValueError("a plan for both branches has the same passes")
         if not self.keep and (self.compare or any(each.recall for each in self.passes)):
             raise ValueError("outputs that are recalled or compared must be kept")
         if self.passes[0].recall:

@@ -34,7 +34,7 @@ FORMAT = 1
 
 _KEY = "cmlora"
 _ADDED: Mapping[str, Any] = MappingProxyType(
-    {"schedule": "", "uncond": "per_lora", "execution": "sequential", "threads": 0}
+    {"schedule": "", "uncond": "per_lora", "execution": "sequential", "threads": 0, "order": ()}
 )
 _ADDED_TO_LORA: Mapping[str, Any] = MappingProxyType(
     {"scope": None, "relevance": None, "importance": None, "into": (), "companions": ()}
@@ -73,6 +73,7 @@ class Recipe:
         index: which picture of the run this is; its own seed is `image_seed(seed, index)`.
         model_hash: identifies the base model's weights; empty if not known.
         loras: sorted by name, whatever the order they are given in.
+        order: their names in the order of their turns; empty is by name.
         method: composition method.
         options: of the method, JSON values.
         cache: the cache policy as text.
@@ -105,6 +106,7 @@ class Recipe:
     index: int = 0
     model_hash: str = ""
     loras: tuple[Ingredient, ...] = ()
+    order: tuple[str, ...] = ()
     method: str = "cmlora"
     options: Mapping[str, Any] = field(default_factory=dict)
     cache: str = "none"
@@ -140,6 +142,7 @@ class Recipe:
         guidance = checks.real(where, "guidance_scale", self.guidance_scale)
         object.__setattr__(self, "guidance_scale", guidance)
         object.__setattr__(self, "loras", self._sorted_loras())
+        object.__setattr__(self, "order", self._checked_order())
         object.__setattr__(self, "cut", self._checked_cut())
         for name in ("options", "scheduler_config", "versions"):
             object.__setattr__(self, name, checks.table(where, name, getattr(self, name)))
@@ -195,6 +198,11 @@ class Recipe:
         """The seed of this picture's own noise generator."""
         return image_seed(self.seed, self.index)
 
+    def turns(self) -> tuple[Ingredient, ...]:
+        """The LoRAs in the order of their turns, for methods to which it matters."""
+        named = {lora.name: lora for lora in self.loras}
+        return tuple(named[name] for name in self.order) or self.loras
+
     def _sorted_loras(self) -> tuple[Ingredient, ...]:
         if not isinstance(self.loras, (tuple, list)):
             raise CmloraError(f"recipe: loras is {self.loras!r}, not a sequence of Ingredient")
@@ -206,6 +214,14 @@ class Recipe:
             if one.name == other.name:
                 raise CmloraError(f"recipe: two LoRAs are called {one.name!r}")
         return ordered
+
+    def _checked_order(self) -> tuple[str, ...]:
+        names = [lora.name for lora in self.loras]
+        order = tuple(self.order) if isinstance(self.order, (tuple, list)) else (self.order,)
+        if order and (not all(isinstance(n, str) for n in order) or sorted(order) != names):
+            listed = ", ".join(names) or "none"
+            raise CmloraError(f"recipe: order is {self.order!r:.200}; its LoRAs are {listed}")
+        return order
 
     def _checked_cut(self) -> tuple[int, int] | None:
         if self.cut is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,16 +51,17 @@ def without_triggers(
 
     Args:
         prompt: the prompt.
-        triggers: trigger words by LoRA; a LoRA none of whose words are in the prompt is left out
-            of the result.
+        triggers: trigger words by LoRA; a LoRA without any is left out of the result, one none of
+            whose words are in the prompt has 0.
         embed: the text encoder.
     """
-    rests = {name: without(prompt, words) for name, words in triggers.items()}
-    rests = {name: rest for name, rest in rests.items() if rest != prompt}
-    if not rests:
-        return {}
-    whole, *parts = embed([prompt, *rests.values()]).double()
-    return {n: max(0.0, 1 - _cosine(whole, part)) for n, part in zip(rests, parts, strict=True)}
+    rests = {name: without(prompt, words) for name, words in triggers.items() if any(words)}
+    said = {name: rest for name, rest in rests.items() if rest != prompt}
+    if not said:
+        return dict.fromkeys(rests, 0.0)
+    whole, *parts = embed([prompt, *said.values()]).double()
+    moved = {n: max(0.0, 1 - _cosine(whole, part)) for n, part in zip(said, parts, strict=True)}
+    return {name: moved.get(name, 0.0) for name in rests}
 
 
 def without(prompt: str, phrases: Sequence[str]) -> str:
@@ -85,6 +87,21 @@ def relevances(
     return measure(prompt, triggers, embed)
 
 
+def weighs(method: str, options: Mapping[str, Any]) -> bool:
+    """Whether a method, with these options, weighs LoRAs by the prompt."""
+    return method in KINDS and (method != "select" or bool(options.get("prior")))
+
+
+def warn_unless_weighed(method: str, options: Mapping[str, Any], members: Sequence[Member]) -> None:
+    """Say so where a method that weighs LoRAs by the prompt has nothing to go by."""
+    if weighs(method, options) and len(members) > 1 and all(m.relevance is None for m in members):
+        warnings.warn(
+            f"{method}: nothing says how much the prompt speaks of each LoRA, so all count alike; "
+            "give prompt= and, unless the LoRAs' files name them, triggers=",
+            stacklevel=3,
+        )
+
+
 def weighed(
     pipe: Any, method: str, options: Mapping[str, Any], prompt: str, members: Sequence[Member]
 ) -> tuple[Member, ...]:
@@ -103,7 +120,7 @@ def weighed(
         CmloraError: if the pipeline has no text encoder to measure with.
     """
     open_ones = {m.name: m.triggers for m in members if m.relevance is None and m.triggers}
-    if method not in KINDS or not open_ones or (method == "select" and not options.get("prior")):
+    if not open_ones or not weighs(method, options):
         return tuple(members)
     from cmlora.switching import AdapterSwitch
 

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cmlora.denoisers import doubled_guidance
+from cmlora.guided import OFF, Guidance
 from cmlora.macs import MacCounter
 from cmlora.plan import Member, Pass, Plan, Policy, Step, Strategy
-from cmlora.tracker import StepTracker, Tick
+from cmlora.tracker import Tick, Tracker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,13 +69,14 @@ class Run:
         members: Sequence[Member],
         policy: Policy,
         *,
-        tracker: StepTracker,
+        tracker: Tracker,
         method: str = "",
         options: Mapping[str, Any] | None = None,
         prepare: Callable[[], None] = lambda: None,
         counter: MacCounter | None = None,
     ) -> None:
         self._observed: tuple[Mapping[str, float], ...] = ()
+        self._measuring: Callable[[], Mapping[str, float]] | None = None
         self._changes: tuple[float, ...] = ()
         self._previous: Tensor | None = None
         self._counter = counter
@@ -107,9 +108,9 @@ class Run:
         )
 
     @property
-    def guidance(self) -> float | None:
-        """The pipeline's scale of classifier-free guidance by a doubled batch, if it has one."""
-        return doubled_guidance(self._tracker.pipe)
+    def pipe(self) -> Any:
+        """The pipeline, or what stands for it."""
+        return self._tracker.pipe
 
     @property
     def timestep(self) -> float:
@@ -142,7 +143,7 @@ class Run:
         self,
         tick: Tick,
         sample: Tensor | None,
-        guidance: float | None = None,
+        guidance: Guidance = OFF,
         absent: Collection[str] = (),
     ) -> Plan:
         """What to run at a call; the strategy is asked once per step.
@@ -150,11 +151,14 @@ class Run:
         Args:
             tick: where the run is.
             sample: what goes into the denoiser, (B, C, H, W).
-            guidance: see `Step`.
+            guidance: what is known of it.
             absent: LoRAs that have no part in this denoiser.
         """
         if not tick.repeated:
             self._steps += 1
+            if self._measuring is not None:
+                self.observed(self._measuring())
+                self._measuring = None
             if getattr(self.policy, "adaptive", False):
                 self._compare(sample)
             step = Step(
@@ -164,8 +168,9 @@ class Run:
                 sample,
                 self._observed,
                 sigma=tick.sigma,
-                guidance=guidance,
+                guidance=None if guidance == OFF else guidance.scale,
                 changes=self._changes,
+                apart=guidance.apart,
             )
             members = tuple(m for m in self._members if m.name not in absent)
             self._plan = (
@@ -178,6 +183,10 @@ class Run:
     def observed(self, values: Mapping[str, float]) -> None:
         """Keep what a plan measured for later steps."""
         self._observed = (*self._observed, values)
+
+    def measure(self, later: Callable[[], Mapping[str, float]] | None) -> None:
+        """Have something measured before the next step, unless this is taken back by then."""
+        self._measuring = later
 
     def count(self, single: Pass, *, light: bool, side: str = "both") -> None:
         """Note a pass; one on one half of a batch counts one half."""
@@ -195,6 +204,7 @@ class Run:
     def end(self) -> None:
         """The next call begins a new run."""
         self._tracker.reset()
+        self._measuring = None
         for end in self._ends:
             end()
 
@@ -208,6 +218,7 @@ class Run:
         self._started = self._stopped = now
         self._timestep = 0.0
         self._observed = ()
+        self._measuring = None
         self._changes = ()
         self._previous = None
         self._plan = _EMPTY

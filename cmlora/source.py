@@ -17,7 +17,7 @@ from torch import Tensor
 from cmlora import container, family, forms, fused, keys, peft_config, rest
 from cmlora.errors import CmloraError
 from cmlora.forms import Change, Parts
-from cmlora.insert import listing
+from cmlora.listing import listing
 from cmlora.lora import DENOISERS, LoRA, Update, dense
 from cmlora.originals import Target
 from cmlora.rest import Remainder
@@ -69,17 +69,18 @@ class Source:
     def settle(self, strict: bool, left: Mapping[str, str] | None = None) -> None:
         """Raises if something was left over, or warns."""
         if not self.layout.modules:
-            examples = listing(sorted(self.header.shapes))
+            examples = listing(self.header.shapes, 3)
             reasons = sorted(set(self.layout.leftover.values()) - {"unknown name"})
             holds = f"{', '.join(reasons)}: {examples}" if reasons else examples or "no tensors"
             raise CmloraError(f"{self.path} holds no LoRA; it holds {holds}")
         found = {**self.layout.leftover, **(left or {})}
         if not found:
             return
-        message = (
-            f"{self.path}: {len(found)} of {len(self.header.shapes)} keys left over: "
-            + listing([f"{key.strip()} ({reason})" for key, reason in sorted(found.items())])
-        )
+        by_reason: dict[str, list[str]] = {}
+        for key, reason in sorted(found.items()):
+            by_reason.setdefault(reason, []).append(key.strip())
+        said = "; ".join(f"{listing(names)} ({reason})" for reason, names in by_reason.items())
+        message = f"{self.path}: {len(found)} of {len(self.header.shapes)} keys left over: {said}"
         some = len(left or {}) < len(self.layout.modules)
         if strict or not some:
             raise CmloraError(message + ("; strict=False leaves them out" if some else ""))

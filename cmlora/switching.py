@@ -154,6 +154,19 @@ class AdapterSwitch:
             attributes["_disable_adapters"] = not beside
             scaling.update(scales)
 
+    def acts(self, name: str, pattern: str) -> bool:
+        """Whether a LoRA has a layer in whose name an expression is found."""
+        return any(re.search(pattern, place) for place in self._mine(name))
+
+    def check_blocks(self, name: str, pattern: str) -> None:
+        """Raises `CmloraError` if an expression is found in none of the layers of a LoRA."""
+        mine = self._mine(name)
+        if mine and not self.acts(name, pattern):
+            blocks = sorted({".".join(place.split(".")[:2]) for place in mine}, key=_natural)
+            raise CmloraError(
+                f"{name}: no layer matches {pattern!r}; it acts in {', '.join(blocks)}"
+            )
+
     def freeze(self) -> None:
         """Take ``requires_grad`` from all LoRA parameters, until `restore`.
 
@@ -197,6 +210,10 @@ class AdapterSwitch:
             scaling.update({name: value for name, value in saved.items() if name in scaling})
         for parameter, flag in snapshot.requires_grad:
             parameter.requires_grad_(flag)
+
+    def _mine(self, name: str) -> list[str]:
+        """The names of a LoRA's layers."""
+        return [place for place, held in zip(self._places, self._held, strict=True) if name in held]
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         """Every LoRA's parameters."""
@@ -245,13 +262,9 @@ class AdapterSwitch:
             raise CmloraError(
                 f"{name}: {error.pattern!r} is no regular expression: {error}"
             ) from None
-        mine = [place for place, held in zip(self._places, self._held, strict=True) if name in held]
-        for pattern, _ in patterns:
-            if mine and not any(map(pattern.search, mine)):
-                blocks = sorted({".".join(place.split(".")[:2]) for place in mine}, key=_natural)
-                raise CmloraError(
-                    f"{name}: no layer matches {pattern.pattern!r}; it acts in {', '.join(blocks)}"
-                )
+        # of expressions that were multiplied some may be found nowhere
+        if not any(self.acts(name, pattern.pattern) for pattern, _ in patterns):
+            self.check_blocks(name, patterns[0][0].pattern)
         return [
             next((value for pattern, value in patterns if pattern.search(place)), 0.0)
             for place in self._places

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,6 +36,18 @@ class Tick:
     fresh: bool = False
     repeated: bool = False
     sigma: float | None = None
+
+
+class Tracker(Protocol):
+    """Knows where a run is."""
+
+    pipe: Any
+
+    def tick(self, timestep: Any, context: Any = None) -> Tick:
+        """Note a call of the denoiser."""
+
+    def reset(self) -> None:
+        """Forget the run: whatever is called next begins a new one."""
 
 
 class StepTracker:

@@ -183,7 +183,7 @@ def estimate(studio: Studio, job: Job, repeats: int = 2) -> float:
         repeats: steps that are timed, after one that is not.
     """
     times: list[float] = []
-    base = replace(job.recipe, loras=(), method="naive", options={}, cache="none")
+    base = replace(job.recipe, loras=(), order=(), method="naive", options={}, cache="none")
     recipe = replace(base, steps=repeats + 1)
     studio.render((), recipe, on_step=lambda: times.append(time.perf_counter()))
     return min(after - before for before, after in pairwise(times))

@@ -8,7 +8,7 @@ from cmlora.errors import CmloraError
 from cmlora.pipelines import library
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.models import fingerprint, resolve
-from cmlora.plan import Role
+from cmlora.plan import Role, Scope
 from cmlora.recipe import Recipe
 
 
@@ -18,6 +18,7 @@ def assemble(
     *,
     folder: str | Path | None = None,
     roles: Mapping[str, Role] | None = None,
+    scopes: Mapping[str, Scope] | None = None,
     dtype: str | None = None,
     device: str | None = None,
     config: str | Path | None = None,
@@ -31,6 +32,7 @@ def assemble(
         loras: name or path, and strength, of each LoRA.
         folder: where LoRA names are looked up.
         roles: ``high`` or ``low`` by the name a LoRA gets in the pipeline.
+        scopes: ``global`` or ``local`` by the same names.
         dtype: of the weights.
         device: where to compute.
         config: for a model in a single file, a diffusers folder of its family.
@@ -47,7 +49,8 @@ def assemble(
     names: list[str] = []
     for file in files:
         names.append(library.adapter_name(file, names))
-    for what, given in (("role", roles), ("into", into), ("second file", second)):
+    said = {"role": roles, "scope": scopes, "into": into, "second file": second}
+    for what, given in said.items():
         for name in given or {}:
             if name not in names:
                 listed = ", ".join(names) or "none"
@@ -64,8 +67,9 @@ def assemble(
     pipe.ensemble.source = model
     pipe.set_progress_bar_config(disable=True)
     for name, file, (_, weight) in zip(names, files, loras, strict=True):
-        role, place = (roles or {}).get(name), places.get(name)
-        pipe.load_lora_weights(file, name, weight=weight, role=role, into=place)
+        role, scope = (roles or {}).get(name), (scopes or {}).get(name)
+        place = places.get(name)
+        pipe.load_lora_weights(file, name, weight=weight, role=role, scope=scope, into=place)
     for name, (file, weight) in others.items():
         pipe.load_lora_weights(file, name, weight=weight, into="transformer_2")
     return pipe
@@ -104,7 +108,12 @@ def restore(
     pipe = assemble(place, (), dtype=recipe.dtype, device=device, config=config)
     for lora, file in zip(recipe.loras, files, strict=True):
         pipe.load_lora_weights(
-            file, lora.name, weight=lora.weight, role=lora.role, into=lora.into or None
+            file,
+            lora.name,
+            weight=lora.weight,
+            role=lora.role,
+            scope=lora.scope,
+            into=lora.into or None,
         )
     for (lora, each), file in zip(further, others, strict=True):
         pipe.load_lora_weights(file, lora.name, weight=each.weight, into=each.into)

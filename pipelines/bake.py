@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from cmlora.adapters.merging.atlas import atlas
+from cmlora.adapters.merging.check import check_rank
 from cmlora.adapters.merging.learn import descend
+from cmlora.adapters.merging.written import inherited
 from cmlora.adapters.objective import Answers, Question, answer
 from cmlora.errors import CmloraError
 from cmlora.files import read
@@ -37,7 +39,7 @@ class Baked:
         distance: of the LoRA.
         steps: the same, step by step.
         merged: of the LoRAs added up at their weights, for comparison.
-        started: of the weighted mean that the fit began with.
+        started: of their mean, where the strengths began.
     """
 
     lora: LoRA
@@ -61,9 +63,10 @@ def bake(
     """The LoRA whose answers are nearest to a composition's, in the mean over its steps.
 
     The composition runs with one seed to be followed and with another one to be measured at. The
-    fit begins at the mean of all LoRAs at their weights, finds one strength per LoRA and module,
-    then moves the factors themselves; the best of what was seen is kept. One LoRA is the same in
-    all steps, so that a schedule can be met only on average: the distance says how well.
+    fit begins at the nearest of the sum of all LoRAs at their weights, their mean, and the mean
+    with one strength found per LoRA and module, then moves the factors themselves; the best of what
+    was seen is kept. One LoRA is the same in all steps, so that a schedule can be met only on
+    average: the distance says how well.
 
     Args:
         pipe: with the recipe's LoRAs loaded, see `cmlora.pipelines.render.restore`.
@@ -80,8 +83,6 @@ def bake(
     """
     if fit not in FIT:
         raise CmloraError(f"fit is {fit!r}, expected {', '.join(FIT)}")
-    if rank is not None and rank < 1:
-        raise CmloraError(f"rank is {rank}, expected 1 or more")
     if not recipe.loras:
         raise CmloraError("this recipe has no LoRA; there is nothing to bake")
     for x in recipe.loras:
@@ -92,7 +93,10 @@ def bake(
     loras = [
         replace(scaled(read(pipe.loras[x.name].path), _strength(x.weight)), name=x.name)
         for x in recipe.loras
+        if x.weight
     ]
+    modules = sorted({module for lora in loras for module in lora.updates})
+    check_rank(rank, [[x.updates[m] for x in loras if m in x.updates] for m in modules])
     live = [_record(pipe, replace(recipe, seed=seed)) for seed in _seeds(recipe.seed)]
     with silent(pipe):
         followed, held_out = (_answers(pipe, recipe, calls) for calls in live)
@@ -108,6 +112,7 @@ def bake(
         name,
         {**best.updates, **spoken},
         {
+            **inherited(loras),
             "modelspec.merged_from": ",".join(x.name for x in loras),
             "cmlora.baked": json.dumps(_told(recipe), sort_keys=True),
         },
@@ -134,7 +139,8 @@ def _nearest(
         raise CmloraError(f"the LoRAs of this recipe do not change the {followed.component}")
     share = 1 / len(inside)
     mean = stack([(lora, share) for lora in inside], "mean")
-    candidates = [mean if rank is None else mean.truncate(rank)]
+    everyone = stack([(lora, 1.0) for lora in inside], "sum")
+    candidates = [x if rank is None else x.truncate(rank) for x in (everyone, mean)]
     if fit != "none":
         strengths = atlas(
             inside,
@@ -149,7 +155,6 @@ def _nearest(
     best = min(candidates, key=followed.value)
     if fit == "factors":
         best = _fitted(best, followed, steps, rate, on_step)
-    everyone = stack([(lora, 1.0) for lora in inside], "sum")
     each = [replace(held_out, questions=[question]) for question in held_out.questions]
     return best, {
         "distance": held_out.value(best) ** 0.5,

@@ -23,8 +23,9 @@ from cmlora.frequency.card import Profile, card_path, read_card
 from cmlora.frequency.profile import base_id
 from cmlora.pipelines import library
 from cmlora.pipelines.models import fingerprint
-from cmlora.plan import Member, Policy, Role, Strategy
+from cmlora.plan import Member, Policy, Role, Scope, Strategy
 from cmlora.recipe import image_seed
+from cmlora.relevance import weighs
 from cmlora.schedules.schedule import Schedule
 
 TURNS = ("character", "clothing", "style", "background", "object")
@@ -43,6 +44,7 @@ class Loaded:
         profile: its measured frequency profile, if there is a card beside the file.
         into: the denoisers the file went into, if that was said.
         further: its files for other denoisers; their weights are relative to its own.
+        scope: the user's label of whether it changes the whole picture.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Loaded:
     profile: Profile | None = None
     into: tuple[str, ...] = ()
     further: tuple["Loaded", ...] = ()
+    scope: Scope | None = None
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -93,6 +96,7 @@ class Ensemble:
         *,
         weight: float = 1.0,
         role: Role | None = None,
+        scope: Scope | None = None,
         strict: bool = True,
         into: str | Sequence[str] | None = None,
         load_into_transformer_2: bool = False,
@@ -106,6 +110,8 @@ class Ensemble:
             weight: its strength unless a call says otherwise; of a further file, its strength
                 relative to the LoRA's.
             role: ``high`` or ``low`` frequency, if you know better than the measurement.
+            scope: ``global`` for one that changes the whole picture, such as a style, or ``local``;
+                by default what its file says of its category.
             strict: refuse a file that does not apply completely.
             into: the denoisers the file goes into, such as ``transformer_2``, or both of Wan 2.2;
                 by default where its names say, which is the first one in nearly all files.
@@ -129,8 +135,10 @@ class Ensemble:
                 f"adapter {name!r} is loaded already; choose another adapter_name, or say into "
                 "which other denoiser this file of it goes"
             )
-        if loaded is not None and role not in (None, loaded.role):
-            raise CmloraError(f"adapter {name!r} is loaded already; its role is {loaded.role}")
+        for what, now in (("role", role), ("scope", scope)):
+            before = getattr(loaded, what, None)
+            if loaded is not None and now not in (None, before):
+                raise CmloraError(f"adapter {name!r} is loaded already; its {what} is {before}")
         _check_weight(name, weight)
         if loaded is not None:
             applied = load(self.pipe, file, name, strict=strict, into=places, strength=weight)
@@ -139,7 +147,7 @@ class Ensemble:
             return name
         applied = load(self.pipe, file, name, strict=strict, into=places)
         profile = read_card(file, self._base_id) if card_path(file).exists() else None
-        self.loras[name] = Loaded(file, applied, weight, role, profile, places)
+        self.loras[name] = Loaded(file, applied, weight, role, profile, places, scope=scope)
         return name
 
     def turn(self, name: str) -> tuple[int, str]:
@@ -185,6 +193,7 @@ class Ensemble:
                 name,
                 weight,
                 role=lora.role,
+                scope=lora.scope,
                 category=lora.applied.category,
                 triggers=lora.applied.triggers,
             )
@@ -281,7 +290,7 @@ class Ensemble:
             count_macs=count_macs,
             schedule=schedule,
             uncond=uncond,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=_one(prompt, composition, composition_options or {}),
             **composition_options or {},
         ) as active:
             # by name where it can be: the first argument of FLUX.2's pipeline is a picture
@@ -293,6 +302,18 @@ class Ensemble:
         if hasattr(output, "to_tuple"):
             output.report = self.report
         return output
+
+
+def _one(prompt: Any, method: str | Strategy, options: Mapping[str, Any]) -> str | None:
+    """The prompt that LoRAs are weighed by, if there is one for all pictures of a call."""
+    texts = set(prompt) if isinstance(prompt, list) else {prompt}
+    if len(texts) > 1 and isinstance(method, str) and weighs(method, options):
+        raise CmloraError(
+            f"{method} weighs LoRAs by the prompt, and this call has {len(texts)}; make a call for "
+            "each"
+        )
+    text = next(iter(texts), None)
+    return text if isinstance(text, str) else None
 
 
 def default_cache(method: str | Strategy, pipe: Any) -> str:

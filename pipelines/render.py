@@ -16,20 +16,19 @@ from cmlora.caching.unet import Cut
 from cmlora.cost import PassCost, pass_macs, shapes
 from cmlora.engine import Report
 from cmlora.errors import CmloraError
-from cmlora.gating import plain
+from cmlora.overlap import overlap
 from cmlora.pipelines.assembly import assemble as assemble
 from cmlora.pipelines.assembly import restore as restore
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.ensemble import default_cache
 from cmlora.pipelines.native import native_guidance, native_size, unit
-from cmlora.pipelines.overlap import overlap
 from cmlora.plan import Member, Strategy
 from cmlora.recipe import Companion, Ingredient, Recipe, current_versions
 from cmlora.relevance import weighed
 from cmlora.schedules.parse import parse_schedule, write_schedule
 from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
-from cmlora.strategies.auto import choose
+from cmlora.strategies.auto import Choice, choose
 from cmlora.strategies.former import recalled, recorded
 from cmlora.strategies.options import defaults
 
@@ -54,6 +53,7 @@ class Wish:
         guidance_scale: of classifier-free guidance; ``None`` is 7.5, or 4 for the embedded model.
         size: width and height in pixels; ``None`` is the model's.
         seed: of the initial noise.
+        order: the LoRAs' names in the order of their turns; empty is by name.
     """
 
     prompt: str
@@ -71,6 +71,7 @@ class Wish:
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
     seed: int = 0
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
     if not wish.prompt.strip():
         raise CmloraError("there is no prompt; say what to draw")
     METHODS[wish.method]
-    wish, factors, _ = settled(pipe, wish)
+    wish, chosen = settled(pipe, wish)
+    factors = chosen.weights
     cache = default_cache(wish.method, pipe.pipe) if wish.cache is None else wish.cache
     width, height = _size(pipe, wish)
     options = check_options(wish.method, wish.options or {})
@@ -126,9 +128,10 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
                     for each in lora.further
                 ),
             )
-            for member in sorted(members, key=lambda member: pipe.ensemble.turn(member.name))
+            for member in members
             for lora in [pipe.loras[member.name]]
         ),
+        order=wish.order or chosen.order,
         method=wish.method,
         options=recorded(wish.method, options, defaults(METHODS[wish.method].object)),
         schedule=write_schedule(_checked_schedule(wish.schedule, weights)),
@@ -152,7 +155,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
     )
 
 
-def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, dict[str, float], str]:
+def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, Choice]:
     """What method "auto" comes to for a wish.
 
     Args:
@@ -160,21 +163,22 @@ def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, dict[str, float], s
         wish: what is asked for.
 
     Returns:
-        the wish with a method, options and cache in place of "auto"; factors on the LoRAs'
-        weights; and the reason in one line. Any other wish as it is.
+        the wish with a method, options and cache in place of "auto", and the choice with its
+        reason, order of turns and factors on the LoRAs' weights. Any other wish as it is, with a
+        choice that says nothing else.
     """
     if wish.method != "auto":
-        return wish, {}, ""
+        return wish, Choice(wish.method)
     options = check_options("auto", wish.options or {})
-    paths = {name: lora.path for name, lora in pipe.ensemble.loras.items()}
-    sizes, interference = overlap(paths)
+    members = pipe.ensemble.members(pipe.ensemble.weights())
+    known = overlap(denoisers.find(pipe.pipe).values(), [member.name for member in members])
     chosen = choose(
-        pipe.ensemble.members(pipe.ensemble.weights()),
+        members,
         wish.steps,
-        **{"plain": all(map(plain, denoisers.find(pipe.pipe).values())), **options},
+        **{"plain": known.plain, **options},
         cacheable=default_cache("cmlora", pipe.pipe) != "none",
-        interference=interference,
-        sizes=sizes,
+        interference=known.interference,
+        sizes=known.sizes,
     )
     settled_wish = replace(
         wish,
@@ -183,7 +187,7 @@ def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, dict[str, float], s
         cache=chosen.cache if wish.cache is None else wish.cache,
         uncond=chosen.uncond if wish.uncond == "per_lora" else wish.uncond,
     )
-    return settled_wish, dict(chosen.weights), chosen.reason
+    return settled_wish, chosen
 
 
 def _checked_schedule(text: str, weights: Mapping[str, float]) -> Schedule:
@@ -229,7 +233,7 @@ def render(
             relevance=lora.relevance,
             importance=lora.importance,
         )
-        for lora in recipe.loras
+        for lora in recipe.turns()
     ]
 
     def stepped(_: Any, index: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def opened(folder: Path, dtype: torch.dtype | None) -> dict[str, nn.Module]:
     found = {}
     for name in DENOISERS:
         config = folder / name / "config.json"
-        if config.is_file() and _KEY in (settings := _read(config)):
+        if config.is_file() and _KEY in (settings := read_config(config)):
             found[name] = _model(folder / name, settings).to(dtype or torch.float32).eval()
     return found
 
@@ -71,7 +71,12 @@ def _wider(model: Any) -> dict[str, list[int]]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """What a configuration says.
+
+    Raises:
+        CmloraError: if it cannot be read.
+    """
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

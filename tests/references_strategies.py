@@ -179,7 +179,8 @@ def bandwise(now: np.ndarray, before: np.ndarray | None, sharpness: float, top: 
                 )
                 for j in range(n)
             ]
-        chosen = sorted(range(n), key=lambda j: -change[j])[: top or n]
+        most = n if old is None else top or n
+        chosen = sorted(range(n), key=lambda j: -change[j])[:most]
         mean = sum(change) / n
         shares = softmax([sharpness * change[j] / mean for j in chosen])
         for c in range(channels):

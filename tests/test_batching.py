@@ -13,7 +13,7 @@ from cmlora.denoisers import KINDS, Kind
 from cmlora.errors import CmloraError
 from cmlora.plan import Pass
 from cmlora.switching import AdapterSwitch
-from tests import families
+from tests import families, tiny
 from tests.composing import NAMES, pipeline
 
 
@@ -100,16 +100,34 @@ def test_outputs_are_cut_into_passes() -> None:
     assert split(rows, 2) == [rows[:2], rows[2:]]
 
 
-def test_a_gauge_says_how_many_fit() -> None:
+def test_a_gauge_says_how_many_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net()
     gauge = Gauge(model)
     cpu = torch.device("cpu")
     assert gauge.most(cpu) == 1
     with gauge.measuring(cpu):
         model(torch.zeros(2, 3, 4))
-    free = free_memory(cpu)
-    assert 1 <= gauge.most(cpu) <= max(free, 1)
     assert not any(module._forward_hooks for module in model.modules())
+    largest = 2 * 2 * 3 * 4 * 4  # bytes of the first layer's input and output
+    for passes, most in ((0, 1), (1, 1), (2.6, 2), (5, 5)):
+        room = passes * 8 * largest / 0.8
+        monkeypatch.setattr("cmlora.batching.free_memory", lambda _, room=room: room)
+        assert gauge.most(cpu) == most
+    assert free_memory(cpu) > 0
+    assert free_memory(torch.device("meta")) == 0
+
+
+def test_a_step_is_split_as_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, rows = pipeline("sd15"), []
+    handle = pipe.unet.conv_in.register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
+    monkeypatch.setattr(Gauge, "most", lambda self, device: 2 if self._need else 1)
+    with compose(pipe, NAMES, method="composite", execution="auto"):
+        ours = tiny.run(pipe, steps=3)
+    # one pass to measure with, both guidance branches; then as many as fit
+    assert rows == [2, 2, 2, 4, 2, 4, 2]
+    handle.remove()
+    with compose(pipe, NAMES, method="composite"):
+        torch.testing.assert_close(ours, tiny.run(pipe, steps=3), rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_executions_are_named() -> None:

@@ -1,6 +1,8 @@
 """`compose` computes what it says, and names mistakes."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -64,6 +66,13 @@ def reference_average(
     pipe: Any, weights: dict[str, float], steps: int = 4, **options: Any
 ) -> torch.Tensor:
     """Composite written as a plain loop over single-LoRA calls inside the denoiser call."""
+    with averaging(pipe, weights):
+        return tiny.run(pipe, steps=steps, **options)
+
+
+@contextmanager
+def averaging(pipe: Any, weights: dict[str, float]) -> Iterator[None]:
+    """Within the context the denoiser is a plain loop over single LoRAs."""
     forward = pipe.unet.forward
 
     @functools.wraps(forward)
@@ -83,7 +92,7 @@ def reference_average(
                         module.set_scale(name, weight)
     pipe.unet.forward = looped
     try:
-        return tiny.run(pipe, steps=steps, **options)
+        yield
     finally:
         del pipe.unet.forward
 

@@ -15,7 +15,7 @@ from cmlora.compose import compose
 from cmlora.plan import Step
 from tests import tiny
 from tests.composing import NAMES, assert_near, average, freeze, pipeline
-from tests.test_compose import reference_average
+from tests.test_compose import averaging, reference_average
 
 WEIGHTS = {"ink": 1.0, "alice": 0.8, "forest": 0.5}
 
@@ -73,26 +73,34 @@ def test_base_and_refiner_share_a_run() -> None:
     )
     refiner.set_progress_bar_config(disable=True)
 
-    def both(seen: list[Step] | None = None) -> torch.Tensor:
-        options: dict[str, Any] = {} if seen is None else {"seen": seen}
-        with compose(base, WEIGHTS, method=average, cache="uniform:2", **options):
-            latent = tiny.run(base, steps=5, denoising_end=0.6)
-        with compose(refiner, NAMES, method=average, cache="uniform:2", **options):
-            result: torch.Tensor = refiner(
-                prompt="a cat",
-                image=latent,
-                num_inference_steps=5,
-                denoising_start=0.6,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-            ).images
+    def refined(latent: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = refiner(
+            prompt="a cat",
+            image=latent,
+            num_inference_steps=5,
+            denoising_start=0.6,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
         return result
 
+    def both(cache: str, **options: Any) -> torch.Tensor:
+        with compose(base, WEIGHTS, method=average, cache=cache, **options):
+            latent = tiny.run(base, steps=5, denoising_end=0.6)
+        with compose(refiner, NAMES, method=average, cache=cache, **options):
+            return refined(latent)
+
+    with averaging(base, WEIGHTS):
+        latent = tiny.run(base, steps=5, denoising_end=0.6)
+    with averaging(refiner, dict.fromkeys(NAMES, 1.0)):
+        expected = refined(latent)
+    assert_near(both("none"), expected)
     seen: list[Step] = []
-    result = both(seen)
+    result = both("uniform:2", seen=seen)
     assert [(step.index, step.count) for step in seen] == [
         *((i, 3) for i in range(3)),
         *((i, 2) for i in range(2)),
     ]
     assert [step.timestep for step in seen] == sorted((s.timestep for s in seen), reverse=True)
-    assert torch.equal(result, both())
+    assert torch.equal(result, both("uniform:2"))
+    assert not torch.allclose(result, expected, rtol=1e-3)

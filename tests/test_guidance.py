@@ -22,7 +22,7 @@ from tests.families import embedding
 WEIGHTS = {"ink": 1.0, "alice": 0.8, "forest": 0.5}
 
 
-def block_state() -> BlockState:
+def block_state(seed: int = 0) -> BlockState:
     return BlockState(
         prompt_embeds=embedding(1, 5, 32),
         negative_prompt_embeds=embedding(1, 5, 32, seed=1),
@@ -30,7 +30,7 @@ def block_state() -> BlockState:
         negative_pooled_prompt_embeds=embedding(1, 16, seed=3),
         add_time_ids=torch.ones(1, 6),
         negative_add_time_ids=torch.ones(1, 6),
-        scaled_latents=tiny.latents(),
+        scaled_latents=tiny.latents(seed=seed),
         num_inference_steps=4,
         timestep_cond=None,
         cross_attention_kwargs=None,
@@ -40,11 +40,12 @@ def block_state() -> BlockState:
 def step(guider: Any, index: int = 0) -> torch.Tensor:
     """What the denoising step of the Modular SDXL pipeline makes with a guider."""
     pipe = pipeline("sdxl")
-    pipe.scheduler.set_timesteps(4)
+    if index == 0:
+        pipe.scheduler.set_timesteps(4)
     components: Any = SimpleNamespace(unet=pipe.unet, guider=guider, scheduler=pipe.scheduler)
     denoise = StableDiffusionXLLoopDenoiser()
     timestep = pipe.scheduler.timesteps[index]
-    _, result = denoise(components, block_state(), index, timestep)
+    _, result = denoise(components, block_state(index), index, timestep)
     predicted: torch.Tensor = result.noise_pred
     return predicted
 
@@ -71,15 +72,91 @@ def test_composite_with_guidance_inside(scale: float) -> None:
     assert guider.num_conditions == (2 if scale > 1 else 1)
 
 
-def test_both_doors_lead_to_the_same_prediction() -> None:
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("composite", {}),
+    ("switch", {}),
+    ("gate", {}),
+    ("auto", {}),
+    ("klora", {}),
+    ("multlfg", {"sharpness": 5.0}),
+    ("loratorio", {"temperature": 0.1}),
+    ("delta", {}),
+    ("select", {"keep": "measured", "spread": 0.5}),
+    ("select", {"guidance": "before"}),
+    ("cmlora", {}),
+    ("cmlora", {"partition": "online", "threshold": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_both_doors_lead_to_the_same_prediction(method: str, options: dict[str, Any]) -> None:
     pipe = pipeline("sdxl")
     guider = ClassifierFreeGuidance(guidance_scale=5.0)
+    components = SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler, guider=guider)
+    with compose(components, WEIGHTS, method=method, **options) as composition:
+        composed = [step(guider, index) for index in range(4)]
+    own = MultiLoRAGuidance(WEIGHTS, guider, method=method, options=options)
+    calls = count_calls(pipe.unet)
+    for index, expected in enumerate(composed):
+        torch.testing.assert_close(step(own, index), expected, rtol=0, atol=1e-5)
+    assert calls() == composition.report.calls
+
+
+def count_calls(model: Any) -> Any:
+    """How often a denoiser runs, by the calls of its first layer, from now on."""
+    counted = []
+    handle = model.conv_in.register_forward_hook(lambda *_: counted.append(1))
+
+    def stop() -> int:
+        handle.remove()
+        return len(counted)
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("method", "plainer"), [("gate", "merge"), ("multlfg", "composite"), ("klora", "merge")]
+)
+def test_methods_are_not_the_plainer_ones(method: str, plainer: str) -> None:
+    results = []
+    for name in (method, plainer):
+        guider = MultiLoRAGuidance(WEIGHTS, ClassifierFreeGuidance(5.0), method=name)
+        results.append([step(guider, index) for index in range(2)][-1])
+    assert not torch.allclose(results[0], results[1], atol=1e-3)
+
+
+def test_what_only_a_pipeline_knows_is_asked_of_compose() -> None:
+    for method, options in (("w_switch", {}), ("select", {"prior": 1.0}), ("freeswitch", {})):
+        with pytest.raises(CmloraError, match=f"{method} goes by .* use cmlora.compose"):
+            MultiLoRAGuidance(WEIGHTS, method=method, options=options)
+
+
+def test_a_composition_and_a_guider_exclude_each_other() -> None:
+    pipe = pipeline("sdxl")
+    guider = MultiLoRAGuidance(WEIGHTS)
     components = SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler)
-    for method in ("composite", "select", "switch"):
-        with torch.no_grad(), compose(components, WEIGHTS, method=method):
-            composed = step(guider)
-        own = step(MultiLoRAGuidance(WEIGHTS, guider, method=method))
-        torch.testing.assert_close(own, composed, rtol=1e-4, atol=1e-5)
+    with (
+        compose(components, WEIGHTS, method="composite"),
+        pytest.raises(CmloraError, match="already composed in this denoiser"),
+    ):
+        step(guider)
+
+
+def test_a_call_that_fails_leaves_nothing_behind() -> None:
+    unet = pipeline("sdxl").unet
+    before = state(pipeline("sdxl"))
+    guider = MultiLoRAGuidance(WEIGHTS)
+    expected = step(guider)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = unet.mid_block.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        step(guider)
+    handle.remove()
+    assert state(pipeline("sdxl")) == before
+    assert torch.equal(step(guider), expected)
 
 
 def test_it_is_saved_with_the_pipeline(tmp_path: Path) -> None:
@@ -119,7 +196,7 @@ def test_other_caches_keep_a_state_per_lora() -> None:
             states = guider.prepare_inputs({"encoder_hidden_states": (0, 1)})
             for number, each in enumerate(states):
                 guider.prepare_models(model)
-                each.noise_pred = model(**calls[number // 2])[0]
+                each.noise_pred = model(**calls[number])[0]
                 guider.cleanup_models(model)
             results.append(guider(states)[0])
         if cache is not None:

@@ -48,7 +48,10 @@ def run(pipe: Any, guider: Any) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("method", ["composite", pytest.param("switch", marks=pytest.mark.slow)])
+METHODS = ["composite", "loratorio", "multlfg", pytest.param("switch", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_both_doors_make_the_ordinary_pipelines_picture(
     base: Any, modular: Any, method: str
 ) -> None:

@@ -230,17 +230,46 @@ def test_missing_modules_are_an_error_or_a_counted_warning() -> None:
     }
     more = LoRA("x", {**lora.updates, **extra})
     before = fingerprint(pipe)
-    with pytest.raises(
-        CmloraError, match=r"mid_block\.extra\.0, .* and 2 more are not in the pipe"
-    ):
+    listed = ", ".join(rf"unet\.mid_block\.extra\.{i}" for i in range(5))
+    with pytest.raises(CmloraError, match=f": {listed} are not in the pipe"):
         insert.insert(pipe, more, "x")
     assert fingerprint(pipe) == before
-    with pytest.warns(UserWarning, match="and 2 more left out"):
+    with pytest.warns(UserWarning, match=f": {listed} left out"):
         applied = insert.insert(pipe, more, "x", strict=False)
     assert applied.modules == len(lora.updates)
     assert applied.skipped == tuple(extra)
     with pytest.raises(CmloraError, match="not in the pipeline"):
         insert.insert(pipe, LoRA("x", extra), "y", strict=False)
+
+
+def test_half_matching_loras_list_all_that_is_missing_in_order() -> None:
+    pipe = build("sd15")
+    lora = trainers.lora(pipe, wanted=lambda m: "mid_block" in m)
+
+    def said(*names: str, wrong: int = 0) -> str:
+        extra = {f"unet.{name}": Update(torch.ones(1, 2), torch.ones(2, 1)) for name in names}
+        updates = {
+            m: Update(torch.ones(1, 5), torch.ones(5, 1)) if i < wrong else u
+            for i, (m, u) in enumerate(lora.updates.items())
+        }
+        with pytest.raises(CmloraError) as caught:
+            insert.insert(pipe, LoRA("x", {**updates, **extra}), "x")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    ten = said(*(f"blocks.{i}.to_q" for i in (10, 11, 12, 2, 1, 0, 3, 4, 5, 6)))
+    assert "unet.blocks.1.to_q, unet.blocks.2.to_q, unet.blocks.3.to_q" in ten
+    assert "unet.blocks.6.to_q, unet.blocks.10.to_q, unet.blocks.11.to_q" in ten
+    many = said(*(f"blocks.{i}.to_{x}" for i in range(60) for x in "qkv"))
+    assert "unet.blocks.{0-59}.to_k, unet.blocks.{0-59}.to_q, unet.blocks.{0-59}.to_v are" in many
+    odd = said(*(f"part{chr(97 + i // 9)}{chr(97 + i % 9)}" for i in range(70)))
+    assert odd.count("unet.part") == 40
+    assert "and 30 more are not in the pipeline" in odd
+    mixed = said("blocks.1.to_q", wrong=2)
+    one, other = list(lora.updates)[:2]
+    assert "(5, 5) in the file" in mixed
+    assert f"; so is {other}" in mixed or f"; so is {one}" in mixed
+    assert mixed.endswith("; unet.blocks.1.to_q is not there")
 
 
 def test_a_component_the_pipeline_lacks_is_missing() -> None:

@@ -10,6 +10,7 @@ import torch
 from cmlora.compose import compose
 from cmlora.engine import HOOK
 from cmlora.files import load
+from cmlora.gating import GatedLoRAs
 from tests import families, tiny
 from tests.composing import average
 
@@ -48,6 +49,28 @@ def test_loras_cost_their_own_size_and_a_slot_each(name: str) -> None:
         sizes[count] = peak
         assert not store.bytes
     assert sizes[4] == 2 * sizes[2] == 4 * sizes[1] > 0
+
+
+def test_a_gate_costs_the_loras_once_more() -> None:
+    pipe = tiny.sd15()
+    names = ["a", "b", "c"]
+    tiny.add_loras(pipe, names)
+    model = pipe.unet
+    base = sum(held(model).values())
+    parts = {key: p.nbytes for key, p in model.named_parameters() if "lora_" in key}
+    curves = "<lora:a:1@0,0.5@1>"  # a strength that changes at every step
+    with compose(pipe, names, method="gate", keep="none", schedule=curves):
+        tiny.run(pipe, steps=4)
+        gc.collect()
+        gates = [each for each in gc.get_objects() if type(each) is GatedLoRAs]
+        factors = [t for gate in gates for t in vars(gate).values() if torch.is_tensor(t)]
+        rows = [gate._roots for gate in gates]
+        assert len(gates) == len(parts) / (2 * len(names))
+        assert sum(t.nbytes for t in factors) == sum(parts.values()) + sum(r.nbytes for r in rows)
+        assert sum(held(model).values()) == base
+    del gates, factors, rows
+    gc.collect()
+    assert not any(type(each) is GatedLoRAs for each in gc.get_objects())
 
 
 def tensors() -> int:

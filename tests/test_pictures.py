@@ -16,7 +16,9 @@ from PIL import Image
 from cmlora import imagetext, pictures
 from cmlora.errors import CmloraError
 from cmlora.infotext import Infotext, parse
+from cmlora.plan import Step
 from cmlora.recipe import Ingredient, Recipe, infotext
+from cmlora.schedules.parse import parse_schedule
 
 LORA = Ingredient("ink", "ink style.safetensors", "ab" * 32, 0.5)
 RECIPE = Recipe("emoji", 'ein Käse, "a": cat\n<3 \u65e5', 7, 4, 8, 8, loras=(LORA,))
@@ -152,10 +154,49 @@ def test_our_own_infotext_is_read_back() -> None:
     assert (lora.name, lora.weight, lora.hash) == ("ink style", 0.5, "ab" * 5)
 
 
-def test_text_encoder_weights_come_first() -> None:
-    found = parse("x <lora:a:0.3:0.8> <lora:b> <lora:c:1:1:lbw=ALL>\nSteps: 1, Seed: 2, Size: 8x8")
-    assert [(lora.name, lora.weight) for lora in found.loras] == [("a", 0.8), ("b", 1), ("c", 1)]
+def told(*tags: str) -> Infotext:
+    """The infotext of a picture with these tags."""
+    return parse(f"x {' '.join(tags)}\nSteps: 1, Seed: 2, Size: 8x8")
+
+
+def test_tags_say_strengths_for_the_text_and_the_picture() -> None:
+    found = told("<lora:a:0.3:0.8>", "<lora:b>", "<lora:c:0.7:0.7>", "<lora:d:unet=0.4>")
     assert found.prompt == "x"
+    assert [lora.weight for lora in found.loras] == [1, 1, 0.7, 1]
+    schedule = parse_schedule(found.schedule(["one", "two", "three", "four"]))
+    assert schedule.names == ("one", "four")
+    assert (schedule.text_factor("one"), schedule.factor("one", Step(0, 9))) == (0.3, 0.8)
+    assert (schedule.text_factor("four"), schedule.factor("four", Step(0, 9))) == (1.0, 0.4)
+    assert not found.notes()
+    assert told("<lora:a:0.5>").schedule(["a"]) == ""
+
+
+def test_tags_with_curves_are_schedules() -> None:
+    found = told("<lora:a:0@0,1@0.5>", "<lora:b:0.6:stop=4>")
+    schedule = parse_schedule(found.schedule(["a", "b"]))
+    assert [schedule.factor("a", Step(i, 4)) for i in range(3)] == [0, 0.5, 1]
+    assert [schedule.factor("b", Step(i, 9)) for i in (3, 4)] == [0.6, 0]
+    (note,) = found.notes()
+    assert "LoRA a: its curve is for the denoiser" in note
+
+
+def test_what_a_tag_says_to_another_program_alone_is_noted() -> None:
+    found = told("<lora:c:0.5:1:lbw=ALL>", "<lora:d:0.5:0.5:64>")
+    assert found.schedule(["c", "d"]) == "<lora:c:te=0.5:unet=1>"
+    assert found.loras[1].weight == 0.5
+    first, second = found.notes()
+    assert first.startswith("LoRA c: 'lbw=ALL' is left out: lbw names a preset")
+    assert second.startswith("LoRA d: '64' is left out: a third number would change the rank")
+
+
+@pytest.mark.parametrize("tag", ["<lora:a:much>", "<lora:a:>", "<lora:a:te=x>", "<lora:a:1@x>"])
+def test_a_strength_that_cannot_be_read_is_an_error(tag: str) -> None:
+    found = told(tag)
+    with pytest.raises(CmloraError, match=r"tag of LoRA a: .* is not a number"):
+        found.schedule(["a"])
+    many = told(f"<lora:a{':1' * 50_000}>")
+    with pytest.raises(CmloraError, match="too many"):
+        many.check()
 
 
 @unhurried

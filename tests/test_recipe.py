@@ -138,6 +138,7 @@ def test_every_field_is_in_the_digest(name: str, simple: Recipe) -> None:
         "dtype": "float16",
         "uncond": "shared",
         "execution": "batched",
+        "order": ("ink", "alice"),
     }.get(name, other)
     assert replace(simple, **{name: other}).digest() != simple.digest()
 
@@ -180,6 +181,11 @@ def test_numbers_that_are_equal_are_written_alike() -> None:
         ("loras", "alice", "not a sequence of Ingredient"),
         ("loras", ("alice",), "not an Ingredient"),
         ("loras", (Ingredient("a"), Ingredient("a")), "two LoRAs are called 'a'"),
+        ("order", ("ink",), "its LoRAs are alice, ink"),
+        ("order", ("ink", "ink"), "its LoRAs are alice, ink"),
+        ("order", (1, 2), "its LoRAs are alice, ink"),
+        ("order", "ink", "its LoRAs are alice, ink"),
+        ("order", None, "its LoRAs are alice, ink"),
     ],
 )
 def test_wrong_values_are_named(simple: Recipe, name: str, value: Any, words: str) -> None:

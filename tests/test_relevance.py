@@ -39,7 +39,9 @@ def test_what_a_prompt_loses_without_its_trigger_words() -> None:
     assert found == {
         "hat": pytest.approx(1 - cosine(prompt, "a, a tiny dog")),
         "dog": pytest.approx(1 - cosine(prompt, "a red hat, a tiny")),
+        "cat": 0.0,
     }
+    assert without_triggers("a", {"cat": ["cat"], "none": []}, letters) == {"cat": 0.0}
     assert relevances("without_triggers", prompt, {"hat": ["red hat"]}, letters) == {
         "hat": found["hat"]
     }

@@ -211,7 +211,11 @@ def test_strengths_per_block_reach_exactly_the_named_layers(direct: bool) -> Non
 def test_patterns_that_match_nothing_are_named() -> None:
     switch = AdapterSwitch(net())
     with pytest.raises(CmloraError, match="a: no layer matches 'third'; it acts in first, second"):
-        switch.activate({"a": (("first", 1.0), ("third", 0.5))})
+        switch.activate({"a": (("third", 0.5), ("fourth", 1.0))})
+    with pytest.raises(CmloraError, match="a: no layer matches 'third'"):
+        switch.check_blocks("a", "third")
+    switch.check_blocks("a", "fir")
+    assert not switch.acts("a", "third")
     with pytest.raises(CmloraError, match="is no regular expression"):
         switch.activate({"a": (("(", 1.0),)})
 

@@ -146,7 +146,7 @@ def learn(
             )
         target = new_file(studio.uploads, name or f"{method}_{'_'.join(paths)}")
         recipe = json.loads(done.lora.metadata["cmlora.merge"])
-        recipe |= {"sha256": [sha256(path) for path in paths.values()], "model": model}
+        recipe |= {"sha256": [sha256(paths[own]) for own in recipe["loras"]], "model": model}
         recipe |= {"objective": task.objective, "losses": dict(done.losses)}
         metadata = {**done.lora.metadata, "cmlora.merge": json.dumps(recipe, sort_keys=True)}
         write(replace(done.lora, name=target.stem, metadata=metadata), target)
@@ -154,7 +154,15 @@ def learn(
             f"loss of {_SAID[key]}": f"{value:.4g}"
             for key, value in sorted(done.losses.items(), key=lambda pair: pair[1])
         }
-        tell(Result(Made(target.stem, target, {**losses, **sized(target)})))
+        report = done.report
+        facts = {
+            **losses,
+            "distance from the exact sum": f"{report.error:.2%}",
+            "rank": str(report.rank),
+            **report.remarks,
+            **({"notes": "; ".join(report.warnings)} if report.warnings else {}),
+        }
+        tell(Result(Made(target.stem, target, {**facts, **sized(target)})))
 
     return stream(work, ticket)
 

@@ -118,7 +118,7 @@ def merge(
     facts = {
         "distance from the exact sum": f"{report.error:.2%}",
         "rank": str(report.rank),
-        **{key: f"{share:.1%} of entries" for key, share in report.notes.items()},
+        **report.remarks,
         **({"notes": "; ".join(report.warnings)} if report.warnings else {}),
     }
     return Made(target.stem, target, {**facts, **sized(target)})

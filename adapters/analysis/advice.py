@@ -22,6 +22,8 @@ COLLIDING = 0.2
 """From this cosine, or share of directions beyond chance, on, LoRAs reach into each other."""
 CANCELLING = -0.2
 """Below this cosine each takes away a part of the other."""
+TOO_LOUD = math.sqrt(1 + COLLIDING)
+"""A sum this many times as strong as LoRAs that do not interact is turned down."""
 NEAR = 0.1
 """Depths in the model closer together than this are not told apart."""
 
@@ -136,7 +138,7 @@ def _weights(found: Findings) -> Iterator[Advice]:
             "the small ones tend to vanish",
         )
     strength = stacking(found.whole, suggested)
-    if strength > math.sqrt(1 + COLLIDING):
+    if strength > TOO_LOUD:
         yield Advice(
             "weights",
             f"multiply all weights by {1 / strength:.2f} if they are merged",
@@ -144,25 +146,68 @@ def _weights(found: Findings) -> Iterator[Advice]:
         )
 
 
-def _order(found: Findings) -> Iterator[Advice]:
+def turns(found: Findings) -> tuple[list[str], str] | None:
+    """The names in the order in which they should act, and why; nothing where nothing is known."""
     measured = {name: found.frequency[name] for name in found.names if name in found.frequency}
     if len(measured) == len(found.names) > 1:
         ordered = sorted(found.names, key=lambda name: -measured[name])
         reason = ", ".join(f"{name} {measured[name]:.3f}" for name in ordered)
-        because = f"measured high-frequency shares: {reason}"
-    elif "background" in found.categories.values() and len(found.names) > 1:
+        return ordered, f"measured high-frequency shares: {reason}"
+    if "background" in found.categories.values() and len(found.names) > 1:
         ordered = sorted(found.names, key=lambda n: found.categories.get(n) == "background")
         because = "backgrounds are low-frequency and come last; run cmlora profile to measure it"
-    else:
-        known = [value for value in found.detail if math.isfinite(value)]
-        if len(known) < len(found.names) or len(known) < 2 or max(known) - min(known) < NEAR:
-            return
-        depth = dict(zip(found.names, found.detail, strict=True))
-        ordered = sorted(found.names, key=lambda name: -depth[name])
-        reason = ", ".join(f"{name} {depth[name]:.2f}" for name in ordered)
-        because = f"depth in the UNet as a guess, 1 is full resolution: {reason}; measure it with "
-        because += "cmlora profile"
-    yield Advice("order", " then ".join(ordered), because)
+        return ordered, because
+    known = [value for value in found.detail if math.isfinite(value)]
+    if len(known) < len(found.names) or len(known) < 2 or max(known) - min(known) < NEAR:
+        return None
+    depth = dict(zip(found.names, found.detail, strict=True))
+    ordered = sorted(found.names, key=lambda name: -depth[name])
+    reason = ", ".join(f"{name} {depth[name]:.2f}" for name in ordered)
+    because = f"depth in the UNet as a guess, 1 is full resolution: {reason}; measure it with "
+    return ordered, because + "cmlora profile"
+
+
+def _order(found: Findings) -> Iterator[Advice]:
+    known = turns(found)
+    if known is not None:
+        yield Advice("order", " then ".join(known[0]), known[1])
+
+
+def needless(found: Findings) -> tuple[str, ...]:
+    """Names of LoRAs to leave out: those that change nothing, and copies of one before them."""
+    table = cosines(found.whole)
+    gone: list[int] = []
+    for j, norm in enumerate(found.norms):
+        kept = (i for i in range(j) if i not in gone)
+        if norm == 0 or any(float(table[i, j]) >= DUPLICATE for i in kept):
+            gone.append(j)
+    return tuple(found.names[j] for j in gone)
+
+
+def rivals(found: Findings) -> tuple[tuple[str, ...], ...]:
+    """Names of LoRAs of one category that also collide, or take away from each other."""
+    groups: dict[str, set[int]] = {}
+    for i, j in combinations(range(len(found.names)), 2):
+        category = found.categories.get(found.names[i])
+        if category and category == found.categories.get(found.names[j]) and clash(found, i, j):
+            groups.setdefault(category, set()).update((i, j))
+    return tuple(tuple(found.names[i] for i in sorted(group)) for group in groups.values())
+
+
+def clash(found: Findings, i: int, j: int) -> bool:
+    """Whether two LoRAs reach into each other: by cosine, or by directions beyond chance."""
+    cosine = float(cosines(found.whole)[i, j])
+    shared = collision(found.overlaps.get((i, j), {}))
+    return not CANCELLING < cosine < COLLIDING or shared >= COLLIDING
+
+
+def in_turns(names: Sequence[str]) -> str:
+    """A schedule in which one of the LoRAs acts at a time, for a tenth of the run.
+
+    >>> in_turns(["cat", "dog"])
+    '[<lora:cat:1>|<lora:dog:1>:0.1]'
+    """
+    return f"[{'|'.join(f'<lora:{name}:1>' for name in names)}:0.1]"
 
 
 def _method(found: Findings) -> Iterator[Advice]:
@@ -179,7 +224,8 @@ def _method(found: Findings) -> Iterator[Advice]:
             clashes = True
             yield Advice(
                 "method",
-                f"never merge {one} with {other}; give each its own steps or passes",
+                f"never merge {one} with {other}: with gate each place follows one of them, with "
+                "select or switch each has passes or steps of its own",
                 f"their cosine is {cosine:.2f}: each takes away a part of the other",
             )
         elif cosine >= COLLIDING or excess >= COLLIDING:
@@ -202,10 +248,13 @@ def _schedule(found: Findings) -> Iterator[Advice]:
         one, other = found.names[i], found.names[j]
         category = found.categories.get(one)
         if category and category == found.categories.get(other):
+            sure = clash(found, i, j)
+            turn = "" if sure else f"if they mix, with --schedule '{in_turns((one, other))}'"
             yield Advice(
                 "schedule",
-                f"let {one} and {other} take turns: switch",
-                f"both are of the category {category} and want the same place",
+                f"let {one} and {other} take turns {turn or 'as the recipe does, or with switch'}",
+                f"both are of the category {category} and want the same place"
+                + (", and their updates collide" if sure else ""),
             )
             continue
         table = {block: float(cosines(gram)[i, j]) for block, gram in found.blocks.items()}

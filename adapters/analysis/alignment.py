@@ -7,15 +7,17 @@ Everything follows from R x R products: two updates ``b1 a1`` and ``b2 a2`` have
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from functools import cached_property
+from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cmlora.errors import CmloraError
-from cmlora.lora import TEXT_ENCODERS, LoRA
+from cmlora.lora import TEXT_ENCODERS, LoRA, Update
 
 _NUMBERED = re.compile(r"\w*(?:blocks|layers)\.\d+")
 # Eigenvalues of a Gram matrix of half-precision factors below this share are rounding.
@@ -37,6 +39,85 @@ def block_of(module: str) -> str:
     return f"{component}.{numbered[0] if numbered else name.partition('.')[0]}"
 
 
+class Side:
+    """One LoRA's update of one module, with everything comparisons need of it, found once.
+
+    Args:
+        update: whose factors are `up` (O, R) and `down` (R, I), in float64.
+    """
+
+    def __init__(self, update: Update) -> None:
+        self.up, self.down = update.factors()
+        self.outputs = self.up.T @ self.up
+        self.inputs = self.down @ self.down.T
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """O and I."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @cached_property
+    def size(self) -> float:
+        """Frobenius norm of the update."""
+        return float((self.outputs * self.inputs).sum().clamp(min=0).sqrt())
+
+    @cached_property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """(R, r) such that ``up @ it``, and ``down.T @ it``, are orthonormal bases."""
+        return _whitener(*self._squares), _whitener(*torch.linalg.eigh(self.inputs))
+
+    @property
+    def spectrum(self) -> Tensor:
+        """Singular values of the update (R), descending.
+
+        The square roots of the eigenvalues of ``(b^T b)^1/2 (a a^T) (b^T b)^1/2``: half as many
+        digits as `Update.singular_values`, and far faster for wide layers.
+        """
+        squares, vectors = self._squares
+        root = vectors * squares.clamp(min=0).sqrt()
+        energy: Tensor = torch.linalg.eigvalsh(root.T @ self.inputs @ root)
+        return energy.flip(0).clamp(min=0).sqrt()
+
+    @cached_property
+    def _squares(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.outputs)
+        return values, vectors
+
+
+class Comparison(NamedTuple):
+    """N LoRAs beside each other.
+
+    Args:
+        tables: see `gram`.
+        overlaps: see `overlap`, by pair of indices.
+        spectra: singular values by LoRA and module.
+    """
+
+    tables: dict[str, Tensor]
+    overlaps: dict[tuple[int, int], dict[str, Overlap]]
+    spectra: tuple[dict[str, Tensor], ...]
+
+
+def compare(loras: Sequence[LoRA]) -> Comparison:
+    """Everything about LoRAs in one pass, with one module in memory at a time.
+
+    Raises:
+        CmloraError: as `gram`.
+    """
+    tables: dict[str, Tensor] = {}
+    pairs = list(combinations(range(len(loras)), 2))
+    sums: dict[tuple[int, int], _Sums] = {pair: {} for pair in pairs}
+    spectra: tuple[dict[str, Tensor], ...] = tuple({} for _ in loras)
+    for module, sides in _sides(loras):
+        _add_inner(tables, len(loras), module, sides)
+        for i, j in pairs:
+            if i in sides and j in sides:
+                _add_overlap(sums[i, j], module, sides[i], sides[j])
+        for index, side in sides.items():
+            spectra[index][module] = side.spectrum
+    return Comparison(tables, {pair: _overlaps(own) for pair, own in sums.items()}, spectra)
+
+
 def gram(loras: Sequence[LoRA]) -> dict[str, Tensor]:
     """Inner products of all pairs of LoRAs, summed over each block.
 
@@ -50,25 +131,9 @@ def gram(loras: Sequence[LoRA]) -> dict[str, Tensor]:
         CmloraError: if one module has different shapes in two LoRAs, which are then for different
             models.
     """
-    count = len(loras)
     found: dict[str, Tensor] = {}
-    for module in sorted({module for lora in loras for module in lora.updates}):
-        table = found.setdefault(block_of(module), torch.zeros(count, count, dtype=torch.double))
-        present = {
-            index: lora.updates[module].factors()
-            for index, lora in enumerate(loras)
-            if module in lora.updates
-        }
-        for (i, (up, down)), (j, (other_up, other_down)) in combinations_with_replacement(
-            present.items(), 2
-        ):
-            if up.shape[0] != other_up.shape[0] or down.shape[1] != other_down.shape[1]:
-                names = f"{loras[i].name} and {loras[j].name}"
-                raise CmloraError(
-                    f"{module} has different shapes in {names}: they are for different models"
-                )
-            table[i, j] += ((up.T @ other_up) * (down @ other_down.T)).sum()
-            table[j, i] = table[i, j]
+    for module, sides in _sides(loras):
+        _add_inner(found, len(loras), module, sides)
     return found
 
 
@@ -115,18 +180,56 @@ def overlap(one: LoRA, other: LoRA) -> dict[str, Overlap]:
 
     Returns:
         By block that both change; a module of one side only shares nothing and does not count.
+
+    Raises:
+        CmloraError: as `gram`.
     """
-    sums: dict[str, list[float]] = {}
-    for module in sorted(one.updates.keys() & other.updates.keys()):
-        (up, down), (other_up, other_down) = (
-            lora.updates[module].factors() for lora in (one, other)
-        )
-        weight = _size(up, down) * _size(other_up, other_down)
-        outputs, chance_out = _shared(up, other_up)
-        inputs, chance_in = _shared(down.T, other_down.T)
-        row = sums.setdefault(block_of(module), [0.0] * 4)
-        for place, value in enumerate((1.0, outputs, inputs, max(chance_out, chance_in))):
-            row[place] += weight * value
+    sums: _Sums = {}
+    for module, sides in _sides([one, other]):
+        if len(sides) == 2:
+            _add_overlap(sums, module, *sides.values())
+    return _overlaps(sums)
+
+
+_Sums = dict[str, list[float]]
+
+
+def _sides(loras: Sequence[LoRA]) -> Iterator[tuple[str, dict[int, Side]]]:
+    """Every module of any of the LoRAs, and what those do to it that change it, by index."""
+    for module in sorted({module for lora in loras for module in lora.updates}):
+        here = {i: lora.updates[module] for i, lora in enumerate(loras) if module in lora.updates}
+        sides = {index: Side(update) for index, update in here.items()}
+        first, *others = sides
+        for index in others:
+            if sides[index].shape != sides[first].shape:
+                names = f"{loras[first].name} and {loras[index].name}"
+                raise CmloraError(
+                    f"{module} has different shapes in {names}: they are for different models"
+                )
+        yield module, sides
+
+
+def _add_inner(
+    tables: dict[str, Tensor], count: int, module: str, sides: Mapping[int, Side]
+) -> None:
+    table = tables.setdefault(block_of(module), torch.zeros(count, count, dtype=torch.double))
+    for i, side in sides.items():
+        table[i, i] += (side.outputs * side.inputs).sum()
+    for (i, one), (j, other) in combinations(sides.items(), 2):
+        table[i, j] += ((one.up.T @ other.up) * (one.down @ other.down.T)).sum()
+        table[j, i] = table[i, j]
+
+
+def _add_overlap(sums: _Sums, module: str, one: Side, other: Side) -> None:
+    weight = one.size * other.size
+    outputs, chance_out = _shared(one.up, one.bases[0], other.up, other.bases[0])
+    inputs, chance_in = _shared(one.down.T, one.bases[1], other.down.T, other.bases[1])
+    row = sums.setdefault(block_of(module), [0.0] * 4)
+    for place, value in enumerate((1.0, outputs, inputs, max(chance_out, chance_in))):
+        row[place] += weight * value
+
+
+def _overlaps(sums: _Sums) -> dict[str, Overlap]:
     return {
         block: Overlap(*(value / row[0] for value in row[1:]))
         for block, row in sums.items()
@@ -134,13 +237,10 @@ def overlap(one: LoRA, other: LoRA) -> dict[str, Overlap]:
     }
 
 
-def _size(up: Tensor, down: Tensor) -> float:
-    return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
-
-
-def _shared(one: Tensor, other: Tensor) -> tuple[float, float]:
+def _shared(
+    one: Tensor, whiten: Tensor, other: Tensor, other_whiten: Tensor
+) -> tuple[float, float]:
     """|Q1^T Q2|^2 / min(rank) of two column spaces (D, R), and its mean over random subspaces."""
-    whiten, other_whiten = _whitener(one), _whitener(other)
     ranks = whiten.shape[1], other_whiten.shape[1]
     if not min(ranks):
         return 0.0, 0.0
@@ -149,9 +249,8 @@ def _shared(one: Tensor, other: Tensor) -> tuple[float, float]:
     return min(share, 1.0), max(ranks) / one.shape[0]
 
 
-def _whitener(columns: Tensor) -> Tensor:
-    """(R, r) such that ``columns @ it`` is an orthonormal basis of the column space."""
-    values, vectors = torch.linalg.eigh(columns.T @ columns)
+def _whitener(values: Tensor, vectors: Tensor) -> Tensor:
+    """From the eigenvalues and -vectors of a Gram matrix what makes its columns orthonormal."""
     keep = values > _NOISE * values[-1].clamp(min=1e-300)
     scaled: Tensor = vectors[:, keep] / values[keep].sqrt()
     return scaled

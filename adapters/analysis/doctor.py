@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cmlora.adapters.analysis.advice import Advice, Findings, advise, collision
-from cmlora.adapters.analysis.alignment import cosines, gram, overlap
+from cmlora.adapters.analysis.alignment import compare, cosines
 from cmlora.adapters.analysis.balance import sizes, stacking
 from cmlora.adapters.analysis.detail import detail
 from cmlora.adapters.analysis.mismatch import (
@@ -116,16 +116,14 @@ def examine(
         if not lora.updates:
             raise CmloraError(f"{lora.name} has no updates")
     kind = check_families(loras, base)
-    tables = gram(loras)
+    tables, overlaps, spectra = compare(loras)
     found = Findings(
         names=names,
         norms=sizes(tables),
         whole=torch.stack(list(tables.values())).sum(0),
         blocks=tables,
-        overlaps={
-            (i, j): overlap(loras[i], loras[j]) for i, j in combinations(range(len(loras)), 2)
-        },
-        spikes={lora.name: spikes(lora) for lora in loras},
+        overlaps=overlaps,
+        spikes={lora.name: spikes(lora, own) for lora, own in zip(loras, spectra, strict=True)},
         detail=detail(tables),
         frequency={k: v for k, v in (frequency or {}).items() if k in names and math.isfinite(v)},
         categories={lora.name: lora.category for lora in loras if lora.category},

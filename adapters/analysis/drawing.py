@@ -49,6 +49,16 @@ class Drawing:
             else:
                 self.image().save(file, "PNG")
 
+    def above(self, other: Drawing) -> Drawing:
+        """Both in one picture, this one on top."""
+        down = self.size[1]
+        return Drawing(
+            (max(self.size[0], other.size[0]), down + other.size[1]),
+            [*self.boxes, *((x, y + down, w, h, color) for x, y, w, h, color in other.boxes)],
+            [*self.lines, *((c, [(x, y + down) for x, y in points]) for c, points in other.lines)],
+            [*self.words, *((x, y + down, text, color) for x, y, text, color in other.words)],
+        )
+
     def svg(self) -> str:
         """The drawing as an SVG document."""
         width, height = self.size

@@ -17,7 +17,22 @@ BASES = {
     "sd2": "Stable Diffusion 2.x",
     "sd3": "Stable Diffusion 3",
     "sdxl": "Stable Diffusion XL",
-    "flux": "FLUX",
+    "emoji": "a UNet for text of width 128",
+    "flux": "FLUX.1",
+    "flux1": "FLUX.1",
+    "flux2": "FLUX.2",
+    "wan": "Wan",
+    "qwen": "Qwen-Image",
+    "qwen-image": "Qwen-Image",
+    "z-image": "Z-Image",
+    "pixart": "PixArt",
+    "sana": "Sana",
+    "chroma": "Chroma",
+    "hidream": "HiDream",
+    "hunyuan": "HunyuanVideo",
+    "ltx": "LTX-Video",
+    "lumina2": "Lumina 2",
+    "auraflow": "AuraFlow",
 }
 """Names by which a person calls a family."""
 
@@ -30,6 +45,9 @@ def families(loras: Sequence[LoRA]) -> dict[str, str]:
 def check_families(loras: Sequence[LoRA], base: str | None = None) -> str:
     """The one family that all LoRAs, and the base, are of.
 
+    Files that say less than others, such as a FLUX LoRA for double blocks only, may be of any
+    family that they do not contradict, as when LoRAs are merged; see `cmlora.family.distinct`.
+
     Args:
         loras: those that are to be used together.
         base: a key of `BASES`, or the family as `cmlora.family.of_lora` says it.
@@ -38,17 +56,25 @@ def check_families(loras: Sequence[LoRA], base: str | None = None) -> str:
         CmloraError: if there is more than one, naming each; or if the base is not known.
     """
     found = families(loras)
-    said = {name: kind for name, kind in found.items() if kind != UNKNOWN}
-    if len(set(said.values())) > 1:
-        listed = ", ".join(f"{name} is for {kind}" for name, kind in said.items())
-        raise CmloraError(f"these LoRAs cannot be used together: {listed}")
-    one = next(iter(said.values()), UNKNOWN)
+    apart = family.distinct(found.values())
+    if len(apart) > 1:
+        said = (f"{name} is for {kind}" for name, kind in found.items() if kind != UNKNOWN)
+        raise CmloraError(f"these LoRAs cannot be used together: {', '.join(said)}")
+    one = apart[0] if apart else UNKNOWN
     if base is None:
         return one
-    wanted = BASES.get(base.casefold(), base)
-    if one not in (UNKNOWN, wanted):
-        known = "" if wanted in BASES.values() else f"; known bases: {', '.join(BASES)}"
-        raise CmloraError(f"the LoRAs are for {one}, the base is {wanted}{known}")
+    wanted = one if base == one else _base(base)
+    if len(family.distinct((one, wanted))) > 1:
+        raise CmloraError(f"the LoRAs are for {one}, the base is {wanted}")
+    return wanted
+
+
+def _base(said: str) -> str:
+    """The family a person means."""
+    titles = {title.casefold(): title for title in BASES.values()}
+    wanted = BASES.get(said.casefold()) or titles.get(said.casefold())
+    if wanted is None:
+        raise CmloraError(f"unknown base {said!r}; known bases: {', '.join(BASES)}")
     return wanted
 
 

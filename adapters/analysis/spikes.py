@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-import torch
 from torch import Tensor
 
+from cmlora.adapters.analysis.alignment import Side
 from cmlora.lora import LoRA, Update
 
 SHARE = 0.8
@@ -34,19 +35,8 @@ class Spike:
 
 
 def spectrum(update: Update) -> Tensor:
-    """Singular values of an update, descending, from R x R matrices.
-
-    The square roots of the eigenvalues of ``(b^T b)^1/2 (a a^T) (b^T b)^1/2``. Half as many digits
-    as `Update.singular_values`, and far faster for wide layers.
-
-    Returns:
-        (R) in float64.
-    """
-    up, down = update.factors()
-    squares, vectors = torch.linalg.eigh(up.T @ up)
-    root = vectors * squares.clamp(min=0).sqrt()
-    energy: Tensor = torch.linalg.eigvalsh(root.T @ (down @ down.T) @ root)
-    return energy.flip(0).clamp(min=0).sqrt()
+    """Singular values of an update (R), descending, in float64; see `Side.spectrum`."""
+    return Side(update).spectrum
 
 
 def first_share(values: Tensor) -> float:
@@ -56,9 +46,15 @@ def first_share(values: Tensor) -> float:
     return float(energy[0]) / whole if whole > 0 else 0.0
 
 
-def spikes(lora: LoRA) -> tuple[Spike, ...]:
-    """The spikes of a LoRA, the loudest first."""
-    spectra = {module: spectrum(update) for module, update in lora.updates.items()}
+def spikes(lora: LoRA, spectra: Mapping[str, Tensor] | None = None) -> tuple[Spike, ...]:
+    """The spikes of a LoRA, the loudest first.
+
+    Args:
+        lora: which.
+        spectra: singular values by module, if they are known.
+    """
+    if spectra is None:
+        spectra = {module: spectrum(update) for module, update in lora.updates.items()}
     firsts = {module: float(values[0]) for module, values in spectra.items()}
     heard = [first for first in firsts.values() if first > 0]
     if not heard:

@@ -29,7 +29,8 @@ class AlloraLayer(TunerLayer):
     """``B A`` whose gradients are scaled by ``1 / sqrt(|(B A)_i| + 1 / eta^2)`` per output i.
 
     arXiv:2410.09692. Only what flows into ``A`` and ``B`` is scaled; the gradient of the input is
-    that of a LoRA.
+    that of a LoRA. The pace is above that of a LoRA while ``|(B A)_i|`` is below ``1 - 1 / eta^2``,
+    under gradient descent; Adam divides by the size of gradients, and takes most of it back.
     """
 
     method = "allora"

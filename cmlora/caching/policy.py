@@ -149,9 +149,12 @@ class Custom:
 class Threshold:
     """A refresh when the denoiser's input has changed by so much since the last one.
 
-    The rule of TeaCache (arXiv 2411.19108): the relative L1 change from step to step,
+    The account of TeaCache (arXiv 2411.19108): the relative L1 change from step to step,
     |x_t - x_(t-1)| / |x_(t-1)|, is mapped by a polynomial fitted to the model and accumulated; at
-    ``limit`` or above the step is a refresh step and the account starts again from 0.
+    ``limit`` or above the step is a refresh step and the account starts again from 0. TeaCache
+    measures the first block's input after its modulation by the timestep; here x is the latent,
+    which is the same for all LoRAs and branches and known before anything has run, so the paper's
+    coefficients do not apply.
 
     Args:
         limit: where a refresh is due.

@@ -57,8 +57,9 @@ def _loras(
 ) -> dict[str, Any]:
     from dataclasses import replace
 
+    from cmlora.adapters.analysis.chart import Chart
     from cmlora.adapters.analysis.heatmap import Heatmap
-    from cmlora.adapters.analysis.merging import barrier, mergeability
+    from cmlora.adapters.analysis.merging import Barrier, barrier, mergeability
     from cmlora.adapters.analysis.mismatch import check_families
     from cmlora.files import read
     from cmlora.lora import stack
@@ -80,6 +81,7 @@ def _loras(
         "factors": found.factors,
         "blocks": {block: row._asdict() for block, row in found.blocks.items()},
     }
+    hill: Barrier | None = None
     if model is not None:
         from cmlora.pipelines.native import native_guidance
         from cmlora.pipelines.objectives import distill
@@ -103,7 +105,11 @@ def _loras(
     if plot is not None:
         rows = tuple((row.cosine, row.score) for row in found.blocks.values())
         title = f"{one.name} and {other.name}"
-        Heatmap(title, tuple(found.blocks), ("cosine", "score R"), rows).save(plot)
+        drawn = Heatmap(title, tuple(found.blocks), ("cosine", "score R"), rows).drawing()
+        if hill is not None:
+            way = Chart("loss on the way between them", hill.places, {"loss": hill.losses})
+            drawn = drawn.above(way.drawing())
+        drawn.save(plot)
         err.print(f"wrote {plot}")
     if as_json:
         return result

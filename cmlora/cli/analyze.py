@@ -49,9 +49,21 @@ def analyze(
 ) -> None:
     """Look at a folder of LoRAs, at whether two can become one, or at how strong they may be.
 
+    library: who is like whom, what is the same file twice, which LoRAs form groups and how much is
+    saved by coding each group on its own; with scores of some pairs, which others to try.
+
+    align: cosine and singular directions of two LoRAs by block, and what averaging their factors
+    would lose; with a model, whether the loss rises on the way from one to the other.
+
+    strength: up to which strength a LoRA leaves the model's layers in their range.
+
     Example: [bold]cmlora analyze library loras/ --scores measured.csv[/bold]
 
     Example: [bold]cmlora analyze align cat.safetensors hat.safetensors --plot likeness.svg[/bold]
+
+    Example: [bold]cmlora analyze align character_1 style_1 --model emoji --plot barrier.svg[/bold]
+
+    Example: [bold]cmlora analyze strength character_1 style_1:0.8 --calib calib.safetensors[/bold]
     """
     if what not in KINDS:
         raise CmloraError(f"cannot analyze {what!r}; known: {', '.join(KINDS)}")
@@ -119,6 +131,11 @@ def _library(folder: Path, scores: Path | None, plot: Path | None, as_json: bool
     out.print(table)
     for group in found.duplicates:
         out.print(f"the same: {', '.join(group)}", soft_wrap=True)
+    out.print(
+        f"coding rate {found.rate:.2f} nats, of which the clusters save {found.gain:.2f}",
+        soft_wrap=True,
+        highlight=False,
+    )
     for guess in guesses.pairs[:5] if guesses is not None else ():
         out.print(f"try {guess.one} with {guess.other}: {guess.score:.3g} expected")
     if guesses is not None and guesses.error is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from cmlora.errors import CmloraError
-from cmlora.plan import Role
+from cmlora.plan import Role, Scope
 
 MANY = 10_000
 """More seeds than this in one command are taken for a slip of the keyboard."""
@@ -158,6 +158,20 @@ def roles(texts: Sequence[str]) -> dict[str, Role]:
         if value not in get_args(Role):
             raise CmloraError(f"--role {name}={value}: a class is high or low")
         found[name] = cast(Role, value)
+    return found
+
+
+def scopes(texts: Sequence[str]) -> dict[str, Scope]:
+    """LoRA names with whether they change the whole picture.
+
+    >>> scopes(["ink=global"])
+    {'ink': 'global'}
+    """
+    found: dict[str, Scope] = {}
+    for name, value in pairs("--scope", texts).items():
+        if value not in get_args(Scope):
+            raise CmloraError(f"--scope {name}={value}: a scope is global or local")
+        found[name] = cast(Scope, value)
     return found
 
 

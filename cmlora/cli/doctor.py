@@ -1,10 +1,12 @@
 """`cmlora doctor`: how LoRAs will get along, before anything is rendered."""
 
+import json
 import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cmlora.cli.console import emit, err, out, status
@@ -15,7 +17,8 @@ from cmlora.errors import CmloraError
 def doctor(
     loras: Annotated[list[str], typer.Argument(help="LoRA files, or ids of embedded LoRAs.")],
     base: Annotated[
-        str | None, typer.Option(help="What they are used with: sd15, sd2, sdxl, sd3, flux.")
+        str | None,
+        typer.Option(help="What they are used with, such as emoji, sd15, sdxl, sd3, flux, wan."),
     ] = None,
     calib: Annotated[
         Path | None,
@@ -25,26 +28,48 @@ def doctor(
     plot: Annotated[
         Path | None, typer.Option(help="Draw cosines by block into this .png or .svg.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing plot.")] = False,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Write weights, order, method and schedule into this .json."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing plot or recipe.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find conflicts between LoRAs from their files alone, and what to do about each.
 
+    Nothing is rendered and no model is needed: updates are compared with each other, in seconds.
+    What follows from it for weights, order, method and schedule is a recipe that `cmlora generate`
+    takes; the model, the prompt and the seed are said there.
+
     Example: [bold]cmlora doctor character_1 style_1 --plot conflicts.svg[/bold]
+
+    Example: [bold]cmlora doctor cat.safetensors hat.safetensors --base sdxl --recipe advice.json
+    [/bold]
+
+    Then: [bold]cmlora generate --recipe advice.json --model sdxl-folder --prompt "a cat, a hat"
+    [/bold]
     """
     from dataclasses import replace
 
     from cmlora.adapters.analysis.doctor import examine
     from cmlora.adapters.analysis.heatmap import of_pairs
+    from cmlora.adapters.analysis.mismatch import BASES
     from cmlora.adapters.analysis.saturation import Saturation, advise, saturation, to_json
     from cmlora.adapters.calibration import load
+    from cmlora.atomic import replacing
     from cmlora.files import read
     from cmlora.frequency.card import read_card
     from cmlora.pipelines.library import adapter_name, find
     from cmlora.pipelines.models import EMBEDDED
+    from cmlora.pipelines.proposal import propose
 
-    if plot is not None and plot.exists() and not force:
-        raise CmloraError(f"{plot} exists; --force replaces it")
+    if recipe is not None and recipe.suffix != ".json":
+        raise CmloraError(f"--recipe {recipe} should end in .json")
+    for path in (plot, recipe):
+        if path is not None and path.exists() and not force:
+            raise CmloraError(f"{path} exists; --force replaces it")
     paths: dict[str, Path] = {}
     for reference in loras:
         path = find(reference, model=EMBEDDED, folder=lora_dir)
@@ -64,8 +89,15 @@ def doctor(
     if plot is not None:
         of_pairs("cosine of the updates by block", pairs).save(plot)
         err.print(f"wrote {plot}")
+    profiles = {name: card for name, card in cards.items() if card is not None}
+    proposal = propose(report.findings, paths, profiles, limits)
+    if recipe is not None:
+        with replacing(recipe) as file:
+            file.write((json.dumps(proposal.table(), indent=1) + "\n").encode())
+        err.print(f"wrote {recipe}")
     if as_json:
-        emit({**report.json(), **({"strength": to_json(limits)} if limits else {})})
+        strength = {"strength": to_json(limits)} if limits else {}
+        emit({**report.json(), **strength, "recipe": proposal.table()})
         return
     facts = report.findings
     table = Table("LoRA", "size", "detail", "spikes", title=f"for {report.family}")
@@ -82,3 +114,9 @@ def doctor(
     for advice in report.advice:
         out.print(f"[bold]{advice.topic}:[/bold] {advice.do}", soft_wrap=True)
         out.print(f"  because {advice.because}", soft_wrap=True)
+    out.print(f"[bold]recipe:[/bold] {escape(proposal.words())}", soft_wrap=True)
+    out.print(f"  because {proposal.reason}", soft_wrap=True)
+    model = "" if report.family == BASES[EMBEDDED] else " --model MODEL"
+    draw = f"cmlora generate --recipe {recipe or 'advice.json'}{model}"
+    how = draw if recipe else f"write it with --recipe advice.json, then {draw}"
+    out.print(f"  to draw it: {how}", soft_wrap=True, markup=False)

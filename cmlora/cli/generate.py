@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from cmlora import pictures
-from cmlora.cli import arguments, options
+from cmlora.cli import arguments, options, proposed
 from cmlora.cli.console import emit, err, out, progress, quiet_libraries, status
 from cmlora.errors import CmloraError
 
 
 def generate(
+    context: typer.Context,
     prompt: options.Prompt = "",
     model: options.Model = "emoji",
     lora: Annotated[
@@ -23,6 +24,13 @@ def generate(
     role: Annotated[
         list[str] | None, typer.Option(help="NAME=high or NAME=low: a LoRA's frequency class.")
     ] = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=global, as styles are, or NAME=local: for gate and select."),
+    ] = None,
+    order: Annotated[
+        str, typer.Option(help="NAME,NAME: whose turn comes first, for switch; by name if empty.")
+    ] = "",
     into: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,7 +68,11 @@ def generate(
         ),
     ] = Path("cmlora.png"),
     recipe: Annotated[
-        Path | None, typer.Option(help="A picture made before: make exactly that one again.")
+        Path | None,
+        typer.Option(
+            help="A picture, or its recipe as .json: made exactly again. Or what cmlora doctor "
+            "wrote: followed where other options do not say otherwise."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -69,11 +81,13 @@ def generate(
     Example: [bold]cmlora generate --lora character_1 --lora object_1:0.8 --out a.png[/bold]
 
     Again: [bold]cmlora generate --recipe a.png --out b.png[/bold]
+
+    As the doctor says: [bold]cmlora generate --recipe advice.json --seed 3 --out c.png[/bold]
     """
     _check_destination(destination)
     prompt, schedule, named = arguments.tagged(prompt, schedule, lora or ())
     loras = [arguments.weighted(text) for text in named]
-    roles = arguments.roles(role or ())
+    roles, scopes = arguments.roles(role or ()), arguments.scopes(scope or ())
     places, seconds = arguments.places(into or ()), arguments.seconds(second or ())
     wished: dict[str, Any] = {
         "method": method,
@@ -90,9 +104,11 @@ def generate(
         "guidance_scale": guidance,
         "size": arguments.size(size) if size else None,
         "seed": seed,
+        "order": arguments.listed(order),
     }
 
     from cmlora.pipelines.models import EMBEDDED
+    from cmlora.pipelines.proposal import Proposal
     from cmlora.pipelines.render import (
         Wish,
         assemble,
@@ -104,18 +120,26 @@ def generate(
     )
 
     quiet_libraries()
-    if recipe is not None:
-        exact = pictures.read(recipe)
+    told = None if recipe is None else proposed.read(recipe)
+    if told is not None and not isinstance(told, Proposal):
+        exact = told
         with status("loading"):
             place = None if model == EMBEDDED else model
             pipe = restore(exact, model=place, folder=lora_dir, device=device, config=config)
     else:
+        wanted: list[tuple[str | Path, float]] = [*loras]
+        if told is not None:
+            said = {name for name in wished if _given(context, name)}
+            wanted, wished = proposed.followed(
+                told, said, loras, wished, model=model, folder=lora_dir
+            )
         with status("loading"):
             pipe = assemble(
                 model,
-                loras,
+                wanted,
                 folder=lora_dir,
                 roles=roles,
+                scopes=scopes,
                 dtype=dtype,
                 device=device,
                 config=config,
@@ -123,9 +147,9 @@ def generate(
                 second=seconds,
             )
         wish = Wish(prompt or arguments.prompt_of(pipe), **wished)
-        _, _, reason = settled(pipe, wish)
-        if reason:
-            err.print(reason)
+        _, chosen = settled(pipe, wish)
+        if chosen.reason:
+            err.print(chosen.reason)
         exact = write_recipe(pipe, with_coefficients(pipe, wish))
     with progress(exact.method, exact.steps) as bar:
         made = render(pipe, exact, on_step=lambda: bar.advance(bar.task_ids[0]))
@@ -165,6 +189,13 @@ def with_coefficients(pipe: Any, wish: Any) -> Any:
             execution=base.execution,
         )
     return replace(wish, options={**(wish.options or {}), "coefficients": found})
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, even if it has its default value."""
+    source = context.get_parameter_source(name)
+    # by its name, because typer has a copy of click's class
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def _recipe(recipe: Any) -> dict[str, Any]:

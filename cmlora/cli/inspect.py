@@ -1,4 +1,4 @@
-"""`cmlora inspect`: what is in a LoRA file."""
+"""`cmlora inspect`: what is in a LoRA file, and what a model's folder was made of."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +9,13 @@ from rich.table import Column, Table
 
 from cmlora.cli.console import emit, out
 from cmlora.cli.options import AsJson
+from cmlora.cli.whole import is_model
 
 
 def inspect(
-    files: Annotated[list[str], typer.Argument(help="LoRA files, or ids of embedded LoRAs.")],
+    files: Annotated[
+        list[str], typer.Argument(help="LoRA files, ids of embedded LoRAs, or folders of models.")
+    ],
     plain: Annotated[
         bool,
         typer.Option(
@@ -24,14 +27,19 @@ def inspect(
 ) -> None:
     """Show what LoRA files are: trainer, base, rank, triggers, hashes. Nothing is executed.
 
-    Also: what plain diffusers would drop of them, and what we do with them.
+    Also: what plain diffusers would drop of them, and what we do with them. Of a model's folder:
+    its parts, and which models it was merged from.
 
     Example: [bold]cmlora inspect ink.safetensors --json[/bold]
     """
     from cmlora.describe import describe
+    from cmlora.pipelines.origin import describe as describe_model
 
     found = []
     for name in files:
+        if is_model(name):
+            found.append(describe_model(Path(name).expanduser()))
+            continue
         path = _path(name)
         facts = describe(path)
         if plain:
@@ -60,6 +68,8 @@ def _show(facts: dict[str, Any]) -> None:
         elif key != "blocks":
             table.add_row(key, escape(_words(value)))
     out.print(table)
+    if "blocks" not in facts:
+        return
     blocks = Table("block", "modules", "rank", "alpha")
     for name, block in facts["blocks"].items():
         row = _words(block["rank"]), _words([f"{alpha:g}" for alpha in block["alpha"]])

@@ -1,5 +1,6 @@
 """`cmlora replay`: the picture in a file, made again from what the file says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ def replay(
 
     A picture of ours comes out the same, byte for byte on the same machine and libraries. One of
     another program that left its text gets the same prompt, seed, sampler and LoRAs (found by
-    their hashes), which is not the same pixels.
+    their hashes, at the strengths and curves of their tags), which is not the same pixels.
 
     Example: [bold]cmlora replay picture.png --lora-dir loras --out again.png[/bold]
     """
@@ -47,6 +48,8 @@ def replay(
     if dry_run:
         _say(picture, record, foreign, as_json)
         return
+    if foreign is not None:
+        foreign.check()
     quiet_libraries()
     from cmlora.pipelines.render import render, restore
     from cmlora.pipelines.retell import retell
@@ -59,6 +62,9 @@ def replay(
             if not model:
                 raise CmloraError(f"{picture} is another program's; name a model with --model")
             pipe, record = retell(foreign, model, folder=lora_dir, device=device, config=config)
+            record = replace(record, schedule=foreign.schedule(list(pipe.loras)))
+            for note in foreign.notes():
+                err.print(note, markup=False)
     with progress(record.method, record.steps) as bar:
         made = render(pipe, record, on_step=lambda: bar.advance(bar.task_ids[0]))
     pictures.save(made.image, target, record)

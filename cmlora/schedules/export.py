@@ -17,6 +17,13 @@ from cmlora.schedules.tags import write_number, write_points
 JUMP = 1e-4
 """loractl has no jumps: they are written as slopes this long."""
 
+_BY_PART = """parts = pipe.get_list_adapters()
+first = [
+    {part: text if part.startswith("text") else unet for part in parts if name in parts[part]}
+    for name, unet, text in zip(names, strengths[0], spoken)
+]
+pipe.set_adapters(names, first)"""
+
 
 def a1111(schedule: Schedule, weights: Mapping[str, float]) -> str:
     """``<lora:name:te:unet>`` for every LoRA.
@@ -109,7 +116,7 @@ def diffusers(
     """Python for a stock diffusers pipeline that does the same: merged LoRAs with these strengths.
 
     diffusers calls back after a step, so each strength is set for the step after it and the first
-    one before the run. Text encoders keep the strengths of the first step.
+    one before the run, which is when the text encoders run.
 
     Args:
         schedule: curves, not for blocks.
@@ -130,16 +137,20 @@ def diffusers(
             row.append(weight * (1.0 if track is None else track.curve.at(step)))
         rows.append(row)
     table = "".join(f"    [{', '.join(map(write_number, row))}],\n" for row in rows)
+    spoken = [schedule.text_factor(name) * weight for name, weight in weights.items()]
+    apart = bool(rows) and spoken != rows[0]
+    said = f"spoken = [{', '.join(map(write_number, spoken))}]  # in the text encoders\n"
     return (
         f"names = {list(weights)!r}\n"
         f"strengths = [  # one row per step, {steps} steps\n{table}]\n"
+        f"{said if apart else ''}"
         "\n\n"
         "def set_strengths(pipe, index, timestep, values):\n"
         "    if index + 1 < len(strengths):\n"
         "        pipe.set_adapters(names, strengths[index + 1])\n"
         "    return values\n"
         "\n\n"
-        "pipe.set_adapters(names, strengths[0])\n"
+        f"{_BY_PART if apart else 'pipe.set_adapters(names, strengths[0])'}\n"
         "image = pipe(\n"
         "    prompt,\n"
         "    num_inference_steps=len(strengths),\n"

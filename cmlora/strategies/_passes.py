@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from cmlora.caching.modifiers import renewed
 from cmlora.errors import CmloraError
-from cmlora.plan import Member, Pass, Policy, Step
+from cmlora.plan import Member, Pass, Plan, Policy, Step
 
 
 def by_name(members: Sequence[Member]) -> list[Member]:
@@ -54,6 +55,20 @@ def each(
     groups = [list(common)] * base + [[*common, member] for member in members]
     full = renewed(policy, step, len(groups))
     return tuple(together(group, not now) for group, now in zip(groups, full, strict=True))
+
+
+def branched(step: Step, alone: Plan, both: Plan, *, ahead: bool = False) -> Plan:
+    """The plan of a method that has a rule for both branches of guidance at once.
+
+    Args:
+        step: the step about to run.
+        alone: the plan for one branch by itself.
+        both: the plan for the unconditional and the conditional half.
+        ahead: see `cmlora.plan.Plan`.
+    """
+    if step.apart:
+        return replace(alone, both=both, ahead=ahead)
+    return alone if step.guidance is None else both
 
 
 def turn_lengths(weights: Sequence[float], total: int) -> list[int]:

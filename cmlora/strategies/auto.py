@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cmlora.branches import Uncond
 from cmlora.frequency.order import phases, single_phase
-from cmlora.plan import Member, Plan, Policy, Step
+from cmlora.plan import Member, Plan, Policy, Step, Strategy
 from cmlora.strategies._passes import by_name
 from cmlora.strategies.delta import delta
 from cmlora.strategies.freeswitch import freeswitch
@@ -17,6 +17,9 @@ from cmlora.strategies.merge import merge
 from cmlora.strategies.options import Between
 from cmlora.strategies.select import select
 from cmlora.strategies.switch import switch
+
+if TYPE_CHECKING:
+    from cmlora.overlap import Overlap
 
 LIGHT = 0.38
 """Cost of a light pass in full ones: Stable Diffusion 1.5 at 512x512, attention counted."""
@@ -63,8 +66,8 @@ def auto(
 ) -> Plan:
     """The plan of the method that `choose` finds for these LoRAs and this number of steps.
 
-    `cmlora.compose.compose` asks `choose` itself, with what it knows of the LoRAs' weights, and
-    takes its cache too; this is what is left where a policy is given.
+    `cmlora.compose.compose` asks `choose` itself, with what it knows of the LoRAs' updates, and
+    takes its cache too (see `knowing`); this is what can be said without a model.
 
     Args:
         step: the denoising step about to run.
@@ -74,22 +77,36 @@ def auto(
         plain: whether all layers hold plain LoRAs, which is what `gate` can share out.
     """
     chosen = choose(members, step.count, budget=budget, plain=plain, cacheable=policy.reuse)
-    methods = {
+    return plan_of(chosen, step, members, policy)
+
+
+def knowing(known: Overlap) -> Strategy:
+    """`auto` with what is known of the LoRAs' updates."""
+
+    def informed(step: Step, members: Sequence[Member], policy: Policy, **options: Any) -> Plan:
+        chosen = choose(
+            members,
+            step.count,
+            **{"plain": known.plain, **options},
+            cacheable=policy.reuse,
+            interference=known.interference,
+            sizes=known.sizes,
+        )
+        return plan_of(chosen, step, members, policy)
+
+    return informed
+
+
+def plan_of(chosen: Choice, step: Step, members: Sequence[Member], policy: Policy) -> Plan:
+    """A step's plan by a choice: its method, order, weights and options."""
+    method: Any = {
         "merge": merge,
         "gate": gate,
         "select": select,
         "delta": delta,
         "freeswitch": freeswitch,
         "switch": switch,
-    }
-    method: Any = methods[chosen.method]
-    return plan_of(method, chosen, step, members, policy)
-
-
-def plan_of(
-    method: Any, chosen: Choice, step: Step, members: Sequence[Member], policy: Policy
-) -> Plan:
-    """A step's plan by a choice: its order, weights and options."""
+    }[chosen.method]
     named = {member.name: member for member in members}
     ordered = [
         replace(named[name], weight=named[name].weight * chosen.weights.get(name, 1.0))
@@ -170,9 +187,10 @@ def choose(
 
 
 def _order(members: Sequence[Member]) -> tuple[str, ...]:
-    """By profiles if they tell the LoRAs apart; otherwise character first and style last."""
+    """By roles and profiles if they tell LoRAs apart; otherwise character first and style last."""
     early, late = phases(members)
-    if not single_phase(early, late):
+    known = any(m.role is not None or m.frequency is not None for m in members)
+    if known and not single_phase(early, late):
         return (*early, *late)
     places = {category: place for place, category in enumerate(_TURNS)}
     ranked = sorted(members, key=lambda m: (places.get(m.category or "", len(_TURNS) - 1), m.name))

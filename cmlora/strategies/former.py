@@ -11,7 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 FORMER: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"gate": MappingProxyType({"strength": 1.5, "sharpness": 4.0, "common": 1.0})}
+    {
+        "gate": MappingProxyType({"strength": 1.5, "sharpness": 4.0, "common": 1.0}),
+        "select": MappingProxyType({"keep": "label", "spread": 0.9}),
+    }
 )
 """By method, the first defaults of options that have another one now."""
 

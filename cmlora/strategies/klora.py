@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -141,6 +142,20 @@ def masses(denoiser: Any, names: Sequence[str]) -> dict[str, dict[str, tuple[flo
             top = entries.topk(min(largest, entries.numel())).values
             found[name][path] = (float(top.sum()), float(entries.sum()))
     return found
+
+
+def weighed(denoisers: Iterable[Any], members: Sequence[Member]) -> tuple[Member, ...]:
+    """The members with the masses of their updates, where they have none yet.
+
+    Args:
+        denoisers: all of a pipeline's.
+        members: the LoRAs.
+    """
+    found: dict[str, dict[str, tuple[float, float]]] = {member.name: {} for member in members}
+    for denoiser in denoisers:
+        for name, modules in masses(denoiser, list(found)).items():
+            found[name].update(modules)
+    return tuple(m if m.mass is not None else replace(m, mass=found[m.name]) for m in members)
 
 
 def _rank(value: Any) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cmlora.plan import Combine, Member, Plan, Policy, Step
 from cmlora.strategies import _maps
-from cmlora.strategies._passes import by_name, each, may_reuse, together
+from cmlora.strategies._passes import branched, by_name, each, may_reuse, together
 from cmlora.strategies.options import Between
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ def loratorio(
 
     with e_jp the values of patch p, all channels. The similarities are those of the conditional
     branch and weigh both. The unconditional branch is re-centred on the base model's, with share
-    lambda: (1 - lambda) e^u + lambda e_0^u. A pipeline that calls the model once per branch has
-    each branch weighed by itself and none re-centred. A single LoRA is run plainly.
+    lambda: (1 - lambda) e^u + lambda e_0^u. Where guidance is two calls, the conditional one first,
+    its weights are kept for the other. Without guidance nothing is re-centred. A single LoRA is run
+    plainly.
 
     The paper gives the softmin and lambda = 0.5; temperature 1 leaves the softmin as it is.
 
@@ -48,9 +49,9 @@ def loratorio(
     ordered = by_name(members)
     if len(ordered) == 1:
         return Plan((together(ordered, may_reuse(step, policy)),))
-    branches = step.guidance is not None
-    rule = softmin(patch, temperature, recentre, top, branches)
-    return Plan(each(step, policy, ordered, base=True), rule)
+    passes = each(step, policy, ordered, base=True)
+    alone, both = (softmin(patch, temperature, recentre, top, known) for known in (False, True))
+    return branched(step, Plan(passes, alone), Plan(passes, both))
 
 
 def softmin(patch: int, temperature: float, recentre: float, top: int, branches: bool) -> Combine:

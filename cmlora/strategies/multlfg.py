@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cmlora.plan import Compare, Member, Plan, Policy, Step
 from cmlora.strategies import _maps
-from cmlora.strategies._passes import by_name, each, may_reuse, together
+from cmlora.strategies._passes import branched, by_name, each, may_reuse, together
 from cmlora.strategies.options import Between
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ def multlfg(
     e^c = mean_j e_j^u + sum_b inverse_b(sum_j w_jb band_b(G_j)), e^u = mean_j e_j^u, with
     w_b = softmax over j of (sharpness c_jb / mean_j c_jb) and c_jb = |band_b(G_j) - its value at
     the step before|: a LoRA counts in the bands in which its guidance is changing. At the first
-    step the weights are equal. A pipeline that calls the model once per branch, or without
-    guidance, has the outputs themselves weighed in this way. A single LoRA is run plainly.
+    step the weights are equal. Where guidance is two calls the first, for e^c, is answered when
+    there is no e_j^u yet: at the first step it needs none, later the unconditional passes are run
+    ahead. Without guidance the outputs themselves are weighed in this way. A single LoRA is run
+    plainly.
 
     The paper takes the change from two passes at neighbouring times; here the outputs of the
     step before are kept instead, at half the price. Softmax and mean are our reading of it.
@@ -46,8 +48,12 @@ def multlfg(
     ordered = by_name(members)
     if len(ordered) == 1:
         return Plan((together(ordered, may_reuse(step, policy)),))
-    rule = by_bands(levels, sharpness, top, step.guidance is not None)
-    return Plan(each(step, policy, ordered), keep=True, compare=rule)
+    passes = each(step, policy, ordered)
+    alone, both = (
+        Plan(passes, keep=True, compare=by_bands(levels, sharpness, top, known))
+        for known in (False, True)
+    )
+    return branched(step, alone, both, ahead=True)
 
 
 def by_bands(levels: int, sharpness: float, top: int, branches: bool) -> Compare:
@@ -60,8 +66,11 @@ def by_bands(levels: int, sharpness: float, top: int, branches: bool) -> Compare
         branches: whether the batch has an unconditional half first and a conditional one.
     """
 
-    def weights(change: Tensor) -> Tensor:
-        """Of one band, from the sizes of its changes (N, B, 1, 1, 1)."""
+    def weights(now: Tensor, before: Tensor | None) -> Tensor:
+        """Of one band, by the sizes of its changes, (N, B, 1, 1, 1)."""
+        if before is None:
+            return now.new_full((len(now), 1, 1, 1, 1), 1 / len(now))
+        change: Tensor = (now - before).flatten(2).square().sum(2).sqrt()[..., None, None, None]
         usual = change.mean(0, keepdim=True)
         logits = sharpness * change / usual.where(usual > 0, 1)
         if 0 < top < len(change):
@@ -72,11 +81,11 @@ def by_bands(levels: int, sharpness: float, top: int, branches: bool) -> Compare
     def mix(now: Tensor, before: Tensor | None, level: int) -> Tensor:
         height, width = now.shape[-2:]
         if level == 0 or min(height, width) < 2:
-            return _maps.mixed(weights(_change(now, before)), now)
+            return _maps.mixed(weights(now, before), now)
         low, high = _maps.haar(now)
         low_before, high_before = (None, (None,) * 3) if before is None else _maps.haar(before)
         details = [
-            _maps.mixed(weights(_change(band, old)), band)
+            _maps.mixed(weights(band, old), band)
             for band, old in zip(high, high_before, strict=True)
         ]
         merged = mix(low, low_before, level - 1)
@@ -100,11 +109,3 @@ def by_bands(levels: int, sharpness: float, top: int, branches: bool) -> Compare
 def _guidance(outputs: Tensor) -> Tensor:
     unconditional, conditional = outputs.chunk(2, dim=1)
     return conditional - unconditional
-
-
-def _change(now: Tensor, before: Tensor | None) -> Tensor:
-    """|now - before| per LoRA and picture, (N, B, 1, 1, 1); equal for all without a before."""
-    if before is None:
-        return now.flatten(2).mean(2)[..., None, None, None] * 0 + 1
-    change: Tensor = (now - before).flatten(2).square().sum(2).sqrt()
-    return change[..., None, None, None]

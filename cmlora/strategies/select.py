@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
+from cmlora.errors import CmloraError
 from cmlora.plan import Member, Plan, Policy, Step
 from cmlora.strategies._maps import Scale
-from cmlora.strategies._passes import by_name, each, may_reuse, together
+from cmlora.strategies._passes import branched, by_name, each, may_reuse, together
 from cmlora.strategies._selection import Bands, Selection, combination, everywhere, spreads
 from cmlora.strategies.options import Between
 
@@ -25,8 +26,8 @@ def select(
     patch: Annotated[int, Between(1)] = 1,
     bands: Bands = "together",
     prior: Annotated[float, Between(0)] = 0.0,
-    keep: Literal["label", "measured", "none"] = "label",
-    spread: Annotated[float, Between(0, 1)] = 0.9,
+    keep: Literal["label", "measured", "none"] = "measured",
+    spread: Annotated[float, Between(0, 1)] = 0.87,
     common: Annotated[float, Between(0)] = 1.0,
     guidance: Literal["after", "before"] = "after",
 ) -> Plan:
@@ -61,15 +62,21 @@ def select(
         prior: how much the prompt decides: w_j is multiplied by r_j^prior, with r_j the LoRA's
             `cmlora.plan.Member.relevance`. 0 leaves the prompt aside.
         keep: which LoRAs are active in every pass: those labelled (``scope`` "global", or
-            category "style" without a scope), also those that are ``measured`` to be global at
-            the first step, or none.
+            category "style" without a scope), and of those without a label the ones that are
+            ``measured`` to be global at the first step; only those with a ``label``; or none.
         spread: from which value of (mean |d_j|)^2 / mean |d_j|^2 on a LoRA is measured global. It
             is 1 for one that changes all places alike and the share of the area for one that
-            changes a part of it.
+            changes a part of it. Both styles of the embedded model and its forest reach 0.87.
         common: what multiplies the weights of those that are active in every pass.
         guidance: whether the pipeline's guidance comes ``after`` the selection, which is then
             made for each branch by itself, or ``before``: both branches are weighed by the guided
-            departures. Pipelines that call the model once per branch have the former only.
+            departures u_j + g (c_j - u_j). Where guidance is two calls the first, for the
+            conditional branch, has to be answered before any u_j exists: the unconditional passes
+            are then run ahead with what their call was given at the step before. At the first step
+            there is none, and the conditional branch is weighed by itself; a warning says so.
+
+    Raises:
+        CmloraError: if departures are to be weighed by a guidance whose scale is not known.
     """
     ordered = by_name(members)
     kept = everywhere(step, ordered, keep, spread)
@@ -88,11 +95,17 @@ def select(
         progress=progress,
         prior=tuple(member.relevance for member in local),
         trust=prior,
-        guidance=step.guidance if guidance == "before" else None,
     )
-    measuring = keep == "measured" and step.index == 0 and not kept
-    return Plan(
+    unlabelled = any(member.scope is None and member.category is None for member in local)
+    measuring = keep == "measured" and step.index == 0 and unlabelled
+    plan = Plan(
         each(step, policy, local, base=True, common=weaker),
         combination(how),
         spreads([member.name for member in local]) if measuring else None,
     )
+    if guidance == "after":
+        return plan
+    if step.apart and step.guidance is None:
+        raise CmloraError("guidance='before': the pipeline does not tell its scale; use 'after'")
+    both = replace(plan, combine=combination(replace(how, guidance=step.guidance)))
+    return branched(step, plan, both, ahead=True)

@@ -28,12 +28,12 @@ def w_switch(
         members: the LoRAs in the order of their turns.
         policy: when cached features are refreshed. The first step of a turn is full in any case.
         tau: mean steps per turn.
-        final: how many steps at the end the character has, but not more than a tenth of a run.
+        final: how many steps at the end the character has, but not more than half of a run.
     """
     by_name(members)
     if len(members) == 1:
         return Plan((together(members, may_reuse(step, policy)),))
-    last = min(final, step.count // 10)
+    last = min(final, step.count // 2)
     characters = [member for member in members if member.category == "character"]
     edge = step.count - last if characters else step.count
     if step.index >= edge:

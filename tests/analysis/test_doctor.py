@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -10,18 +11,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmlora import denoisers, family
 from cmlora.adapters.analysis.alignment import block_of, cosines, gram, overlap
 from cmlora.adapters.analysis.balance import sizes, stacking, weights
 from cmlora.adapters.analysis.detail import detail
 from cmlora.adapters.analysis.doctor import Report, examine
 from cmlora.adapters.analysis.heatmap import Heatmap, of_pairs
-from cmlora.adapters.analysis.mismatch import check_families, shared_triggers
+from cmlora.adapters.analysis.mismatch import BASES, check_families, shared_triggers
 from cmlora.adapters.analysis.spikes import first_share, spectrum, spikes
 from cmlora.adapters.compression import RULES
 from cmlora.adapters.compression.resize import resize
+from cmlora.adapters.merging import merge
 from cmlora.errors import CmloraError
+from cmlora.files import read
 from cmlora.lora import LoRA, Update
+from cmlora.pipelines.library import find
 from tests.synthetic import MODULES, lora, orthogonal, scaled
 
 ONE = lora("one", 1)
@@ -188,13 +194,72 @@ def test_families_must_agree() -> None:
     assert check_families([one, ONE]) == check_families([ONE], "sd15") == "Stable Diffusion 1.x"
     with pytest.raises(CmloraError, match="xl is for Stable Diffusion XL"):
         examine([one, xl])
-    with pytest.raises(CmloraError, match="the base is FLUX"):
+    with pytest.raises(CmloraError, match=r"the base is FLUX\.1"):
         check_families([one], "flux")
     with pytest.raises(CmloraError, match="known bases: sd1"):
         check_families([one], "sd51")
     wide = lora("wide", 1, shape=(12, 20))
     with pytest.raises(CmloraError, match="different shapes in one and wide"):
         examine([lora("one", 1), wide])
+
+
+FLUX = tuple(
+    f"transformer.{block}"
+    for block in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q")
+)
+
+
+def test_a_file_that_says_less_is_of_the_family_it_does_not_contradict() -> None:
+    whole, double = lora("whole", 1, FLUX), lora("double", 2, FLUX[:1])
+    for pair in ([whole, double], [double, whole]):
+        assert examine(pair).family == family.of_lora(whole)
+        merge(pair, [1.0, 1.0], "svd")
+    assert check_families([double], "flux") == family.of_lora(whole)
+    with pytest.raises(CmloraError, match="cannot be used together: one is for"):
+        examine([lora("one", 1, ("unet.mid_block.attn2.to_k",), (12, 768)), double])
+    with pytest.raises(CmloraError, match="the base is Wan"):
+        check_families([whole], "wan")
+
+
+def test_every_base_that_a_person_may_say() -> None:
+    known = {row.family for row in denoisers.KINDS.values() if row.stacks}
+    assert {*family.UNETS, *known} <= set(BASES.values())
+    for said, title in BASES.items():
+        assert check_families([ONE], said.upper()) == check_families([ONE], title) == title
+    with pytest.raises(CmloraError, match="unknown base 'foo'"):
+        check_families([ONE], "foo")
+    embedded = read(find("style_1", model="emoji"))
+    assert check_families([embedded], "emoji") == family.of_lora(embedded)
+    with pytest.raises(CmloraError, match="the base is Stable Diffusion XL"):
+        check_families([embedded], "sdxl")
+
+
+def test_wide_layers_are_compared_without_their_matrices() -> None:
+    wide = {
+        "unet.down_blocks.0.ff.net.0.proj": (2560, 320),
+        "unet.mid_block.ff.net.2": (1280, 5120),
+    }
+    trio = []
+    for seed in range(3):
+        parts = (lora("x", seed, (name,), shape, 8).updates for name, shape in wide.items())
+        trio.append(LoRA(str(seed), {m: u for part in parts for m, u in part.items()}))
+    largest = max(rows * 8 for shape in wide.values() for rows in shape)
+    with Largest() as made:  # type: ignore[no-untyped-call]
+        examine(trio)
+    assert 0 < made.size <= largest
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """How many numbers the largest tensor has that is made meanwhile."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.size = max(self.size, each.numel())
+        return made
 
 
 def test_text_encoders_and_bases_are_compared() -> None:

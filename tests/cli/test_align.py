@@ -41,7 +41,12 @@ def test_two_loras(model_folder: Path, lora_folder: Path, tmp_path: Path) -> Non
     assert same["factors"]["none"] > 0.1 > 1e-6 > same["factors"]["permute"]
     assert "score R" in plot.read_text()
     arguments: list[str | Path] = ["analyze", "align", cat, lora_folder / "hat.safetensors"]
-    apart = run_json(*arguments, "--model", model_folder, "--points", "3")
+    assert "loss on the way" not in plot.read_text()
+    drawn: list[str | Path] = ["--plot", plot, "--force"]
+    apart = run_json(*arguments, "--model", model_folder, "--points", "3", *drawn)
+    texts = plot.read_text()
+    assert "score R" in texts
+    assert "loss on the way" in texts
     assert abs(apart["cosine"]) < 0.2
     losses = apart["barrier"]["losses"]
     # At either end one of both is itself, and the other one is missing.

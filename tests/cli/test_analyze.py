@@ -7,6 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cmlora.cli.app import app
+from cmlora.files import write
+from tests.calling import run_json
+from tests.synthetic import lora
 
 
 def test_a_library(lora_folder: Path, tmp_path: Path) -> None:
@@ -23,6 +26,22 @@ def test_a_library(lora_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "try cat with ink" in result.stdout
+    rate, gain = (f"{found[key]:.2f}" for key in ("coding_rate", "coding_gain"))
+    assert f"coding rate {rate} nats, of which the clusters save {gain}" in result.stdout
+    by_eye = CliRunner().invoke(app, ["analyze", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "cmlora analyze strength" in by_eye
+
+
+def test_a_library_with_a_file_that_says_less(tmp_path: Path) -> None:
+    layers = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q"
+    for seed, (name, count) in enumerate({"whole": 2, "double": 1}.items()):
+        modules = tuple(f"transformer.{layer}" for layer in layers[:count])
+        write(lora(name, seed, modules), tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("whole", "double")]
+    family = run_json("analyze", "library", tmp_path)["family"]
+    assert family == run_json("doctor", *files)["family"]
+    assert "FLUX" in family
+    assert run_json("analyze", "align", *files)["loras"] == ["whole", "double"]
 
 
 @pytest.mark.parametrize(

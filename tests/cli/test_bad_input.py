@@ -73,6 +73,8 @@ def test_lora_files(model_folder: Path, tmp_path: Path, bad: Path, name: str, me
         (["--method", "naive", "--text-encoder", "some"], "text_encoder"),
         (["--method", "naive", "--guidance", "nan"], "guidance"),
         (["--method", "naive", "--role", "cat=high"], "role for 'cat'"),
+        (["--method", "naive", "--scope", "cat=global"], "scope for 'cat'"),
+        (["--scope", "cat=wide"], "--scope cat=wide: a scope is global or local"),
         (["--lora", "cat:strong"], "a number as weight"),
         (["--lora", "cat:nan"], "a number as weight"),
         (["--lora", "cat:inf"], "a number as weight"),

@@ -1,6 +1,7 @@
 """Commands that learn or measure on a model: `calib`, `bake`, and learning methods of `merge`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from cmlora.cli.learned import LEARNERS
-from cmlora.files import read
+from cmlora.files import read, write
 from cmlora.pipelines.learning import LEARNED
 from tests import tiny
 from tests.calling import complaint, run, run_json
@@ -68,6 +69,10 @@ def test_learning_from_the_command_line(
     said = run_json(*arguments)
     assert said["losses"].keys() == {"learned", "sum", "mean", "base", "random"}
     assert said["losses"]["base"] == pytest.approx(1)
+    assert said["rank"] == 3
+    assert said["error"] > 0
+    assert 0 <= said["notes"]["lost_to_rank"] < 1
+    assert {"errors", "bytes", "seconds", "warnings"} <= said.keys()
     merged = read(out)
     assert max(update.rank for update in merged.updates.values()) <= 3
     recipe = json.loads(merged.metadata["cmlora.merge"])
@@ -99,6 +104,9 @@ def test_learning_from_pictures(model_folder: Path, lora_folder: Path, tmp_path:
     said = run_json(*arguments, *wanted)
     assert said["losses"]["learned"] <= said["losses"]["base"]
     arguments += ["--force"]
+    told = run(*arguments, *wanted)
+    assert "distance from the weighted sum" in told
+    assert "the model alone" in told
     assert "belong together" in complaint([*arguments, "--refs", refs])
     assert "expected distill, " in complaint([*arguments, "--objective", "beauty"])
     assert "embedded model's CLIP" in complaint([*arguments, "--objective", "clip_score"])
@@ -140,18 +148,29 @@ def test_a_composition_is_baked(
     assert "--force" in complaint(arguments)
 
 
-@pytest.mark.slow
 def test_a_merge_is_baked_exactly(model_folder: Path, lora_folder: Path, tmp_path: Path) -> None:
-    png = picture(model_folder, lora_folder, tmp_path / "a.png", "--method", "merge")
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    for name in ("cat", "hat"):
+        known = {"cmlora.base": "tiny", "modelspec.architecture": name}
+        lora = read(lora_folder / f"{name}.safetensors")
+        write(replace(lora, metadata=known), loras / f"{name}.safetensors")
+    png = picture(model_folder, loras, tmp_path / "a.png", "--method", "merge")
     out = tmp_path / "baked.safetensors"
-    said = run_json("bake", png, "--lora-dir", lora_folder, "-o", out, "--fit", "none")
-    assert said["distance"]["sum"] < 1e-4
-    assert said["distance"]["mean"] == said["distance"]["baked"] > 0.1
-    small = run_json(
-        "bake", png, "--lora-dir", lora_folder, "-o", out, "--force", "--rank", "1",
-        "--fit", "strengths", "--fit-steps", "2",
-    )  # fmt: skip
+    arguments: list[str | Path] = ["bake", png, "--lora-dir", loras, "-o", out, "--force"]
+    said = run_json(*arguments, "--fit", "none")
+    assert said["distance"]["baked"] == said["distance"]["sum"] < 1e-4
+    assert said["distance"]["mean"] > 0.1
+    # what all files say of their model stays, what they disagree on does not
+    assert read(out).metadata["cmlora.base"] == "tiny"
+    assert "modelspec.architecture" not in read(out).metadata
+    most = said["rank"]
+    assert f"these LoRAs allow 1 to {most}" in complaint([*arguments, "--rank", str(most + 1)])
+    assert f"these LoRAs allow 1 to {most}" in complaint([*arguments, "--rank", "0"])
+    small = run_json(*arguments, "--rank", "1", "--fit", "strengths", "--fit-steps", "2")
     assert small["rank"] == 1
+    fitted = run_json(*arguments, "--fit-steps", "2")
+    assert fitted["distance"]["baked"] < 1e-4
 
 
 def test_what_cannot_be_baked(model_folder: Path, lora_folder: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_weights_apart_and_options(lora_folder: Path, tmp_path: Path) -> None:
     said = run(*common, *names, "-o", other)
     assert sha256(one) == sha256(other)
     assert "contested" in said
+    assert "lost to rank" in said
     assert "rank 3" in said
 
 
@@ -177,7 +178,7 @@ def test_an_interruption_leaves_no_file(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     code = (
         "import sys, time, cmlora.adapters.merging, cmlora.cli.app as a\n"
-        "r = sys.modules['cmlora.adapters.merging.run']  # slowed down, so that there is time\n"
+        "r = sys.modules['cmlora.adapters.merging.tally']  # slowed down, so that there is time\n"
         "old = r.block\n"
         "def block(m):\n    print('started', flush=True); time.sleep(0.2); return old(m)\n"
         "r.block = block\na.main()\n"

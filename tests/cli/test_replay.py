@@ -99,6 +99,32 @@ def test_another_programs_picture_is_told_again(
     assert [(lora.file, lora.weight) for lora in recipe.loras] == [("cat.safetensors", 0.8)]
 
 
+def test_strengths_and_curves_of_anothers_tags_are_replayed(
+    model_folder: Path, lora_folder: Path, tmp_path: Path
+) -> None:
+    def replayed(name: str, tags: str) -> tuple[Any, str]:
+        info, path = PngInfo(), tmp_path / f"{name}.png"
+        info.add_text("parameters", f"a cat {tags}\nSteps: 2, Seed: 9, Size: 32x32")
+        Image.new("RGB", (32, 32)).save(path, pnginfo=info)
+        where = ["--model", str(model_folder), "--lora-dir", str(lora_folder)]
+        result = run("replay", str(path), *where)
+        return path.with_name(f"{name}-again.png"), result.stderr
+
+    plain, _ = replayed("plain", "<lora:cat:0.8> <lora:hat:1>")
+    assert pictures.read(plain).schedule == ""
+    both, said = replayed("both", "<lora:cat:0.2:0.8> <lora:hat:0@0,1@0.5>")
+    recipe = pictures.read(both)
+    assert recipe.schedule == "<lora:cat:te=0.2:unet=0.8> <lora:hat:unet=0@0,1@0.5>"
+    assert "LoRA hat: its curve is for the denoiser" in said
+    assert Image.open(both).tobytes() != Image.open(plain).tobytes()
+    info = PngInfo()
+    info.add_text("parameters", "a cat <lora:cat:strong>\nSteps: 2, Seed: 9, Size: 32x32")
+    path = tmp_path / "wrong.png"
+    Image.new("RGB", (32, 32)).save(path, pnginfo=info)
+    assert "'strong' is not a number" in refused("replay", str(path), "--model", "emoji")
+    assert "strong" in run("replay", str(path), "--dry-run").stdout
+
+
 def test_hashes_are_whole_or_their_first_digits(lora_folder: Path) -> None:
     cat = lora_folder / "cat.safetensors"
     whole = container.sha256(cat)

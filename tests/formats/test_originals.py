@@ -257,7 +257,7 @@ def hidream(h: int = 16) -> tuple[Shapes, dict[str, Tensor]]:
 
 
 FAMILIES: dict[str, tuple[Callable[[], Any], Callable[..., Any], str]] = {
-    "flux": (flux, upstream.convert_flux_transformer_checkpoint_to_diffusers, "FLUX"),
+    "flux": (flux, upstream.convert_flux_transformer_checkpoint_to_diffusers, "FLUX.1"),
     "flux2": (flux2, upstream.convert_flux2_transformer_checkpoint_to_diffusers, "FLUX.2"),
     "sd3": (sd3, upstream.convert_sd3_transformer_checkpoint_to_diffusers, "Stable Diffusion 3"),
     "wan": (wan, upstream.convert_wan_transformer_to_diffusers, "Wan"),

@@ -221,11 +221,11 @@ def test_control_loras_set_norms_and_shift_biases(pipe: Any, tmp_path: Path) -> 
     assert torch.equal(outputs(pipe.transformer), before)
     found = files.describe(path)
     assert found["trainer"] == "Black Forest Labs"
-    assert found["family"] == "FLUX"
+    assert found["family"] == "FLUX.1"
 
 
 def test_a_unets_lora_names_both_families(pipe: Any, tmp_path: Path) -> None:
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     stored = {f"{stem}.lora_down.weight": noise(2, 768), f"{stem}.lora_up.weight": noise(320, 2)}
-    with pytest.raises(CmloraError, match=r"for Stable Diffusion 1\.x and the pipeline is .*Flux"):
+    with pytest.raises(CmloraError, match=r"for Stable Diffusion 1\.x and the pipeline is FLUX\.1"):
         files.load(pipe, trainers.save(stored, tmp_path / "x.safetensors"), "x")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from cmlora.errors import CmloraError
 from cmlora.frequency.card import Profile, write_card
 from cmlora.frequency.profile import base_id
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
-from cmlora.pipelines.overlap import overlap
 from cmlora.pipelines.render import Wish, assemble, render, restore, settled, write_recipe
 from cmlora.recipe import Recipe
+from cmlora.strategies.auto import Choice
 
 WISH = Wish("a cat", steps=4, seed=3)
 
@@ -100,19 +101,60 @@ def test_auto_is_settled_before_the_recipe_is_written(
     model_folder: Path, lora_folder: Path
 ) -> None:
     pipe = loaded(model_folder, lora_folder)
-    paths = {name: lora.path for name, lora in pipe.loras.items()}
-    sizes, interference = overlap(paths)
-    assert set(sizes) == {"cat", "hat", "ink"}
-    assert interference is not None
-    assert 0 <= interference < 1
-    assert overlap({"cat": paths["cat"], "again": paths["cat"]})[1] == pytest.approx(1.0)
     asked = wish(method="auto", options={"budget": "9"}, steps=12)
-    found, factors, reason = settled(pipe, asked)
+    found, chosen = settled(pipe, asked)
     made = write_recipe(pipe, asked)
     assert made.method == found.method != "auto"
-    assert reason.startswith(made.method)
+    assert chosen.reason.startswith(made.method)
+    assert made.order == chosen.order
     weights = pipe.ensemble.weights()
     for lora in made.loras:
-        assert lora.weight == pytest.approx(weights[lora.name] * factors.get(lora.name, 1.0))
+        factor = chosen.weights.get(lora.name, 1.0)
+        assert lora.weight == pytest.approx(weights[lora.name] * factor)
     assert render(pipe, made).report.method == made.method
-    assert settled(pipe, WISH) == (WISH, {}, "")
+    assert settled(pipe, WISH) == (WISH, Choice(WISH.method))
+
+
+def test_the_turns_are_the_ones_that_were_chosen(
+    model_folder: Path, lora_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["cmlora.strategies.auto"], "APART", 0.0)
+    pipe = loaded(model_folder, lora_folder)
+    asked = wish(method="auto", options={"budget": "1", "plain": "false"}, steps=12)
+    given = pipe.ensemble.members(pipe.ensemble.weights())
+    known = [
+        dataclasses.replace(m, category="character" if m.name == "ink" else None) for m in given
+    ]
+    pipe.ensemble.members = lambda weights: tuple(known)  # type: ignore[method-assign]
+    made = write_recipe(pipe, asked)
+    assert made.method == "switch"
+    assert made.order == ("ink", "cat", "hat")
+    assert write_recipe(pipe, wish(method="switch")).order == ()
+
+
+def test_a_scope_goes_with_the_picture(model_folder: Path, lora_folder: Path) -> None:
+    names = [("cat", 1.0), ("hat", 0.8), ("ink", 0.7)]
+    pipe = assemble(model_folder, names, folder=lora_folder, scopes={"ink": "global"})
+    made = write_recipe(pipe, wish(method="select"))
+    assert {lora.name: lora.scope for lora in made.loras} == {
+        "cat": None,
+        "hat": None,
+        "ink": "global",
+    }
+    first = render(pipe, made)
+    assert set(first.report.full) >= {"ink", "cat+ink", "hat+ink"}
+    again = restore(made, folder=lora_folder)
+    assert again.loras["ink"].scope == "global"
+    assert render(again, made).image.tobytes() == first.image.tobytes()
+    with pytest.raises(CmloraError, match="scope for 'inc': the LoRAs are cat, hat, ink"):
+        assemble(model_folder, names, folder=lora_folder, scopes={"inc": "global"})
+
+
+def test_a_call_of_several_prompts_has_no_single_weight(
+    model_folder: Path, lora_folder: Path
+) -> None:
+    pipe = loaded(model_folder, lora_folder)
+    said: dict[str, Any] = {"composition": "w_switch", "num_inference_steps": 1, "seed": 0}
+    with pytest.raises(CmloraError, match="w_switch weighs LoRAs by the prompt, and this call has"):
+        pipe(["a cat", "a hat"], **said)
+    assert len(pipe(["a cat", "a cat"], **said).images) == 2

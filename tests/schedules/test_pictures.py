@@ -30,19 +30,22 @@ def picture(pipe: Any, schedule: Any, method: str = "merge", **options: Any) -> 
         return tiny.run(pipe, steps=STEPS)
 
 
+@pytest.mark.parametrize("spoken", [False, True])
 @pytest.mark.parametrize(
     "text",
     [
         "<lora:a:te=1:unet=0@0,1@0.5><lora:b:te=1:unet=1@0,0.2@0.8:ease=smooth>",
-        "<lora:a:te=1:unet=1@0,0@0.4:ease=hold><lora:b:te=1:unet=0@2,1@3:ease=hold>",
+        "<lora:a:te=0.2:unet=1@0,0@0.4:ease=hold><lora:b:te=2:unet=0@2,1@3:ease=hold>",
     ],
 )
-def test_a_merge_is_what_diffusers_makes_of_the_exported_script(pipe: Any, text: str) -> None:
+def test_a_merge_is_what_diffusers_makes_of_the_exported_script(
+    pipe: Any, text: str, spoken: bool
+) -> None:
     """The very script, on a pipeline of its own: no step too early, none too late."""
     schedule = parse_schedule(text)
-    ours = picture(pipe, schedule, text_encoder="none")
+    ours = picture(pipe, schedule, text_encoder="all" if spoken else "none")
     plain = tiny.sd15()
-    tiny.add_loras(plain, WEIGHTS)
+    tiny.add_loras(plain, WEIGHTS, text=spoken)
     code = diffusers(schedule, WEIGHTS, STEPS)
     head, tail, _ = code.partition("image = pipe(\n")
     assert tail
@@ -50,7 +53,14 @@ def test_a_merge_is_what_diffusers_makes_of_the_exported_script(pipe: Any, text:
     exec(compile(head, "script", "exec"), names)
     theirs = tiny.run(plain, steps=STEPS, callback_on_step_end=names["set_strengths"])
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(ours, picture(pipe, "", text_encoder="none"), atol=1e-3)
+    plain_run = picture(pipe, "", text_encoder="all" if spoken else "none")
+    assert not torch.allclose(ours, plain_run, atol=1e-3)
+
+
+def test_equal_strengths_everywhere_need_no_parts() -> None:
+    code = diffusers(parse_schedule("<lora:a:0.5>"), WEIGHTS, 2)
+    assert "spoken" not in code
+    assert "pipe.set_adapters(names, strengths[0])" in code
 
 
 def test_a_curve_of_ones_changes_no_bit(pipe: Any) -> None:
@@ -106,3 +116,24 @@ def test_a_schedule_for_a_lora_that_is_not_there_is_refused(pipe: Any) -> None:
         picture(pipe, "<lora:a:x>")
     with pytest.raises(CmloraError, match="uncond='none'"):
         picture(pipe, "", uncond="none")
+
+
+def test_a_curve_for_blocks_and_a_method_by_layers() -> None:
+    """K-LoRA gives every layer to one LoRA; what is scheduled in a layer it has not is nothing."""
+    pipe = tiny.sd15()
+    tiny.add_loras(pipe, WEIGHTS)
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_" in name:
+            mine = "a" if name.startswith("mid_block") else "b"
+            parameter.data *= 50.0 if f".{mine}." in name else 1.0
+    plain = picture(pipe, "", "klora")
+    one = picture(pipe, "<lora:a:1:blocks=^down_blocks>", "klora")
+    torch.testing.assert_close(one, plain)
+    half = picture(pipe, "<lora:b:0.5:blocks=^down_blocks>", "klora")
+    assert not torch.allclose(half, plain, atol=1e-3)
+
+
+def test_an_expression_is_looked_for_before_anything_runs(pipe: Any) -> None:
+    with pytest.raises(CmloraError, match=r"no layer matches 'attn7'; it acts in .*down_blocks.0"):
+        compose(pipe, WEIGHTS, method="klora", schedule="<lora:a:0:blocks=attn7>")
+    assert torch.equal(picture(pipe, ""), picture(pipe, ""))

@@ -173,7 +173,7 @@ def test_where_nobody_is_left_to_select_nothing_is_kept_apart() -> None:
 
 def test_a_lora_that_changes_all_places_alike_is_found_out() -> None:
     members = [Member("a"), Member("b"), Member("fog")]
-    plan = select(Step(0, 9), members, none(), keep="measured")
+    plan = select(Step(0, 9), members, none())
     assert [item.key for item in plan.passes] == ["base", "a", "b", "fog"]
     assert plan.observe is not None
     outputs = torch.zeros(4, 1, 4, 8, 8)
@@ -186,11 +186,30 @@ def test_a_lora_that_changes_all_places_alike_is_found_out() -> None:
         "spread:b": pytest.approx(1 / 64),
         "spread:fog": pytest.approx(1.0),
     }
-    assert keys(members, seen, keep="measured") == ["fog", "a+fog", "b+fog"]
-    assert keys(members, seen) == ["base", "a", "b", "fog"]
-    assert select(Step(1, 9, observed=(seen,)), members, none(), keep="measured").observe is None
+    assert keys(members, seen) == ["fog", "a+fog", "b+fog"]
+    assert keys(members, seen, keep="label") == ["base", "a", "b", "fog"]
+    assert select(Step(1, 9, observed=(seen,)), members, none()).observe is None
     labelled = [Member("a"), Member("b"), Member("fog", category="background")]
-    assert keys(labelled, seen, keep="measured") == ["base", "a", "b", "fog"]
+    assert keys(labelled, seen) == ["base", "a", "b", "fog"]
+
+
+def test_beside_a_labelled_style_the_others_are_measured() -> None:
+    ink = Member("ink", category="style")
+    plan = select(Step(0, 9), [Member("a"), Member("b"), Member("fog"), ink], none())
+    assert [item.key for item in plan.passes] == ["ink", "a+ink", "b+ink", "fog+ink"]
+    assert plan.observe is not None
+    outputs = torch.zeros(4, 1, 4, 8, 8)
+    outputs[1, ..., :4] = 1.0
+    outputs[2, ..., 0, 0] = 5.0
+    outputs[3] = 0.25
+    seen = plan.observe(outputs[0], outputs)
+    assert keys([Member("a"), Member("b"), Member("fog"), ink], seen) == [
+        "fog+ink",
+        "a+fog+ink",
+        "b+fog+ink",
+    ]
+    known = [Member("a", scope="local"), Member("b", category="object"), ink]
+    assert select(Step(0, 9), known, none()).observe is None
 
 
 def test_slots_are_renewed_in_turn() -> None:

@@ -107,6 +107,7 @@ def test_a_learned_merge_is_written_with_what_it_is_worth(warm: Studio) -> None:
     assert (recipe["method"], recipe["model"], recipe["objective"]) == ("atlas", "tiny", "distill")
     assert done.name == "both"
     assert "loss of what was learnt" in done.facts
+    assert {"distance from the exact sum", "rank"} <= done.facts.keys()
     assert "loss of the same method on random LoRAs" not in done.facts
 
 

@@ -1,0 +1,63 @@
+"""Which pipelines are known to need few steps, and why."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+
+from cmlora.compose import compose
+from cmlora.denoisers import few_steps
+from cmlora.errors import CmloraError
+from tests import tiny
+
+
+def pipe(scheduler: str = "DDIMScheduler", **config: Any) -> Any:
+    """What is looked at of a pipeline."""
+    return SimpleNamespace(scheduler=getattr(diffusers, scheduler)(), config=config)
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (pipe("LCMScheduler"), "it samples with LCMScheduler"),
+        (pipe("TCDScheduler"), "it samples with TCDScheduler"),
+        (pipe("SCMScheduler"), "it samples with SCMScheduler"),
+        (pipe("FlowMatchLCMScheduler"), "it samples with FlowMatchLCMScheduler"),
+        (pipe(is_distilled=True), "its configuration says is_distilled"),
+        (pipe(_name_or_path="bfl/FLUX.2-klein-4B"), "it is bfl/FLUX.2-klein-4B"),
+        (pipe(_name_or_path="models/SDXL-Lightning"), "it is models/SDXL-Lightning"),
+        (pipe(_name_or_path="x/Sana_Sprint_1.6B"), "it is x/Sana_Sprint_1.6B"),
+        (pipe(_name_or_path="ByteDance/Hyper-SD"), "it is ByteDance/Hyper-SD"),
+        (pipe(_name_or_path="stabilityai/sdxl-turbo"), "it is stabilityai/sdxl-turbo"),
+        (pipe(_name_or_path="SimianLuo/lcm-dreamshaper"), "it is SimianLuo/lcm-dreamshaper"),
+    ],
+)
+def test_models_for_few_steps(made: Any, reason: str) -> None:
+    assert few_steps(made) == reason
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        pipe(),
+        pipe("EulerDiscreteScheduler"),
+        pipe(is_distilled=False),
+        pipe(_name_or_path="bfl/FLUX.2-klein-base-4B"),
+        pipe(_name_or_path="turbo/stable-diffusion-v1-5"),
+        pipe(_name_or_path="models/calcium"),
+    ],
+)
+def test_other_models(made: Any) -> None:
+    assert few_steps(made) is None
+
+
+def test_a_scheduler_for_few_steps_refuses_every_cache() -> None:
+    made = tiny.sd15()
+    tiny.add_loras(made, ["a", "b"])
+    made.scheduler = diffusers.LCMScheduler.from_config(made.scheduler.config)
+    for cache in ("uniform:2", "nonuniform", "first_block:0.1"):
+        with pytest.raises(CmloraError, match=r"few steps \(it samples with LCMScheduler\)"):
+            compose(made, ["a", "b"], cache=cache)
+    with compose(made, ["a", "b"], method="auto", plain=False, budget=1.5) as active:
+        assert "uniform" not in active.reason
