@@ -23,7 +23,6 @@ from cmlora.errors import CmloraError
 from cmlora.hooks import Attachment, forget_children, hook_of
 from cmlora.macs import MacCounter
 from cmlora.members import check_loaded, described, unknown
-from cmlora.overlap import Overlap, overlap
 from cmlora.plan import Member, Plan, Policy, Role, Scope, Step, Strategy
 from cmlora.prompts import Prompts
 from cmlora.run import Report, Run
@@ -35,6 +34,7 @@ from cmlora.strategies.auto import Choice, choose, knowing
 from cmlora.strategies.klora import weighed
 from cmlora.switching import AdapterSwitch
 from cmlora.tracker import StepTracker
+from cmlora.updates import Updates, updates
 
 if TYPE_CHECKING:
     from cmlora.frequency.profile import Profile
@@ -188,7 +188,7 @@ def compose(
     relevance.warn_unless_weighed(label, chosen, composed)
     decide: Callable[[int], Choice] | None = None
     if label == "auto" and composed:
-        known = overlap(models.values(), [member.name for member in composed])
+        known = updates(models.values(), [member.name for member in composed])
         strategy = knowing(known)
         decide = partial(
             _choose, composed, known, chosen, cacheable=_cacheable(pipe, models.values())
@@ -261,7 +261,7 @@ def compose(
 
 def _choose(
     composed: Sequence[Member],
-    known: Overlap,
+    known: Updates,
     options: Mapping[str, Any],
     count: int,
     *,
@@ -273,7 +273,6 @@ def _choose(
         count,
         **{"plain": known.plain, **options},
         cacheable=cacheable,
-        interference=known.interference,
         sizes=known.sizes,
     )
 

@@ -18,7 +18,6 @@ from cmlora.engine import HOOK, CompositionHook
 from cmlora.errors import CmloraError
 from cmlora.hooks import Attachment, forget_children, hook_of
 from cmlora.members import check_loaded, described
-from cmlora.overlap import overlap
 from cmlora.relevance import weighs
 from cmlora.run import Run
 from cmlora.strategies import METHODS, check_options
@@ -26,6 +25,7 @@ from cmlora.strategies.auto import knowing
 from cmlora.strategies.klora import weighed
 from cmlora.switching import AdapterSwitch
 from cmlora.tracker import Tick
+from cmlora.updates import updates
 
 _PREDICTIONS = ["pred_cond", "pred_uncond"]
 
@@ -176,7 +176,7 @@ class MultiLoRAGuidance(BaseGuidance):  # type: ignore[misc]
         if self._method == "klora":
             members = weighed([denoiser], members)
         if self._method == "auto":
-            strategy = knowing(overlap([denoiser], [member.name for member in members]))
+            strategy = knowing(updates([denoiser], [member.name for member in members]))
         self._where.reset()
         run = Run(
             strategy,

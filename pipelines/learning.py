@@ -1,6 +1,8 @@
 """Merges that are learnt on a model: the methods, and carrying them out on whole LoRAs."""
 
 import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,13 +10,19 @@ from typing import Any
 import torch
 
 from cmlora.adapters.merging.atlas import atlas
+from cmlora.adapters.merging.check import check_rank, check_shape, check_values
 from cmlora.adapters.merging.concrete import concrete
-from cmlora.adapters.merging.learn import Fitted, Loss, check, random_like, signed
+from cmlora.adapters.merging.factors import Pair
+from cmlora.adapters.merging.factors import stack as exact_sum
+from cmlora.adapters.merging.learn import Fitted, Loss, prepared, random_like, signed
 from cmlora.adapters.merging.method import Method, read_options
+from cmlora.adapters.merging.result import LOST, Report
+from cmlora.adapters.merging.tally import Tally
+from cmlora.adapters.merging.written import baked, inherited, widest
 from cmlora.adapters.merging.ziplora_trained import ziplora_trained
 from cmlora.adapters.objective import Objective
 from cmlora.errors import CmloraError
-from cmlora.lora import LoRA, stack
+from cmlora.lora import LoRA, Update, stack
 from cmlora.pipelines.objectives import scaled
 from cmlora.registry import Entry, Registry
 from cmlora.strategies.lorahub import search
@@ -45,14 +53,13 @@ def lorahub(
         name: of the result; the names joined by ``+`` if none is given.
         on_step: called after every evaluation.
     """
-    check(loras)
-    title = name or "+".join(sorted(lora.name for lora in loras))
-    ordered = sorted(loras, key=lambda lora: lora.name)
+    loras, _ = prepared(loras)
+    title = name or "+".join(lora.name for lora in loras)
     losses: list[float] = []
 
     def value(point: tuple[float, ...]) -> float:
         with torch.no_grad():
-            losses.append(float(loss(stack(list(zip(ordered, point, strict=True)), title))))
+            losses.append(float(loss(stack(list(zip(loras, point, strict=True)), title))))
         on_step()
         return losses[-1]
 
@@ -62,12 +69,12 @@ def lorahub(
         again: dict[str, Any] = {"budget": budget, "bound": bound, "seed": seed}
         others = random_like(loras, seed)
         beaten = min(lorahub(others, loss, **again, control=False, on_step=on_step).losses)
-    merged = stack(list(zip(ordered, found, strict=True)), title)
+    merged = stack(list(zip(loras, found, strict=True)), title)
     strengths = {
         lora.name: dict.fromkeys(lora.updates, coefficient)
-        for lora, coefficient in zip(ordered, found, strict=True)
+        for lora, coefficient in zip(loras, found, strict=True)
     }
-    facts = {"coefficients": dict(zip([x.name for x in ordered], found, strict=True))}
+    facts = {"coefficients": dict(zip([x.name for x in loras], found, strict=True))}
     return Fitted(
         signed(merged, "lorahub", loras, **facts, budget=budget), tuple(losses), strengths, beaten
     )
@@ -113,11 +120,13 @@ class Learned:
         fitted: what was learnt for the denoiser.
         losses: ``learned``; ``sum`` of the LoRAs at their weights; their ``mean``; ``base``, the
             model alone; ``random``, the same method on random LoRAs, if it was asked for.
+        report: what it cost, and how far the result is from the weighted sum.
     """
 
     lora: LoRA
     fitted: Fitted
     losses: Mapping[str, float]
+    report: Report
 
 
 def learn(
@@ -151,16 +160,22 @@ def learn(
         options: of the method.
 
     Raises:
-        CmloraError: for an unknown method or option, LoRAs that change no denoiser, or a method
-            that follows gradients where there are none.
+        CmloraError: for an unknown method or option, LoRAs that change no denoiser, a rank that is
+            not possible, or a method that follows gradients where there are none.
     """
+    started = time.perf_counter()
     rules = LEARNED[method].object
     if not objective.differentiable and method != "lorahub":
         raise CmloraError(f"{method} follows gradients, and this objective has none; use lorahub")
     values = read_options(method, rules, options)
-    if rank is not None and rank < 1:
-        raise CmloraError(f"rank is {rank}, expected 1 or more")
-    ready = [scaled(lora, weight) for lora, weight in zip(loras, weights, strict=True)]
+    pairs = sorted(zip(loras, weights, strict=True), key=lambda pair: pair[0].name)
+    ready = [scaled(lora, weight) for lora, weight in pairs]
+    check_values(ready)
+    modules = sorted({module for lora in ready for module in lora.updates})
+    table = {m: [x.updates[m] for x in ready if m in x.updates] for m in modules}
+    for module in modules:
+        check_shape(module, [(x.name, x.updates[module]) for x in ready if module in x.updates])
+    check_rank(rank, table.values())
     start = f"{objective.component}."
     inside = [_part(lora, lambda module: module.startswith(start)) for lora in ready]
     if not all(lora.updates for lora in inside):
@@ -174,28 +189,59 @@ def learn(
         on_step=on_step,
         **values,
     )
-    found = fitted.lora if rank is None else fitted.lora.truncate(rank)
     text = [_part(lora, lambda module: not module.startswith(start)) for lora in ready]
     rest = stack([(lora, 1.0) for lora in text], "text")
+    remarks: dict[str, None] = {}
+    if rest.updates:
+        remarks[f"only the {objective.component} is learnt; text encoders are added up"] = None
+    dtype = widest([update for lora in loras for update in lora.updates.values()])
+    updates: dict[str, Update] = {}
+    gaps, cuts = Tally(), Tally()
+    for module, update in {**fitted.lora.updates, **rest.updates}.items():
+        pair = whole = Pair(*update.factors())
+        if rank is not None and update.rank > rank:
+            pair = Pair(*update.truncate(rank).factors())
+            cuts.add(module, pair.distance(whole), whole.norm())
+        parts = [Pair(*own.factors()) for own in table[module]]
+        exact = exact_sum(parts, [1.0] * len(parts))
+        gaps.compare(module, pair, exact, math.fsum(part.norm() for part in parts))
+        updates[module] = baked(pair, update.shape, dtype, remarks)
+    found = replace(fitted.lora, updates=updates)
     count = len(inside)
     losses = {
-        "learned": objective.value(found),
+        "learned": objective.value(_part(found, lambda module: module.startswith(start))),
         "sum": objective.value(stack([(lora, 1.0) for lora in inside], "sum")),
         "mean": objective.value(stack([(lora, 1 / count) for lora in inside], "mean")),
         "base": objective.value(None),
     }
     if fitted.control is not None:
         losses["random"] = fitted.control
+        if fitted.control <= losses["learned"]:
+            remarks["random LoRAs do as well: these had nothing to teach here"] = None
+    if losses["learned"] > losses["sum"]:
+        remarks["the plain sum has a lower loss than what was learnt"] = None
     recipe = json.loads(found.metadata["cmlora.merge"])
-    recipe |= {"weights": list(weights), "options": values, "seed": seed, "rank": rank}
+    recipe |= {"loras": [x.name for x, _ in pairs], "weights": [w for _, w in pairs]}
+    recipe |= {"options": values, "seed": seed, "rank": rank}
+    about = {"cmlora.merge": json.dumps(recipe, sort_keys=True)}
     merged = replace(
         found,
         name=name or found.name,
-        updates={**found.updates, **(rest if rank is None else rest.truncate(rank)).updates},
-        triggers=tuple(dict.fromkeys(word for lora in loras for word in lora.triggers)),
-        metadata={**found.metadata, "cmlora.merge": json.dumps(recipe, sort_keys=True)},
+        triggers=tuple(dict.fromkeys(word for lora, _ in pairs for word in lora.triggers)),
+        metadata={**inherited(loras), **found.metadata, **about},
     )
-    return Learned(merged, fitted, losses)
+    report = Report(
+        method=method,
+        kind=rules.kind,
+        errors=gaps.by_block,
+        error=gaps.all,
+        rank=max((update.rank for update in updates.values()), default=0),
+        bytes=sum(update.up.nbytes + update.down.nbytes for update in updates.values()),
+        seconds=time.perf_counter() - started,
+        notes={LOST: cuts.all} if cuts else {},
+        warnings=tuple(remarks),
+    )
+    return Learned(merged, fitted, losses, report)
 
 
 def _part(lora: LoRA, wanted: Callable[[str], bool]) -> LoRA:

@@ -6,17 +6,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cmlora import checks
-from cmlora.adapters.analysis.advice import TOO_LOUD, Findings, in_turns, needless, rivals, turns
-from cmlora.adapters.analysis.alignment import cosines
-from cmlora.adapters.analysis.balance import stacking, weights
-from cmlora.adapters.analysis.saturation import TOGETHER, Saturation
+from cmlora.adapters.analysis.advice import Findings, in_turns, needless, rivals, turns
+from cmlora.adapters.analysis.balance import weights
+from cmlora.adapters.analysis.saturation import Saturation
 from cmlora.container import sha256
 from cmlora.errors import CmloraError
 from cmlora.frequency.card import Profile
-from cmlora.lora import DENOISERS
 from cmlora.pipelines.library import adapter_name, by_hash
 from cmlora.plan import Member
 from cmlora.schedules.parse import parse_schedule
@@ -173,15 +169,9 @@ def propose(
     chosen = choose(
         [_member(found, name, strengths[name], profiles.get(name)) for name in kept],
         STEPS,
-        interference=_interference(found, kept),
     )
     safest = {row.name: row.safest for row in limits}
     strengths = {name: min(strengths[name], safest.get(name, 1.0)) for name in kept}
-    if chosen.method == "merge" and len(kept) > 1:
-        here = torch.tensor([found.names.index(name) for name in kept])
-        together = stacking(found.whole[here][:, here], [strengths[name] for name in kept])
-        share = min(1 / together if together > TOO_LOUD else 1.0, safest.get(TOGETHER, 1.0))
-        strengths = {name: share * weight for name, weight in strengths.items()}
     known = turns(found)
     order = [name for name in (known[0] if known else chosen.order) if name in kept]
     groups = [[renamed[name] for name in group if name in kept] for group in rivals(found)]
@@ -216,16 +206,6 @@ def _member(found: Findings, name: str, weight: float, profile: Profile | None) 
         window=profile.window,
         importance=profile.importance,
     )
-
-
-def _interference(found: Findings, names: Sequence[str]) -> float | None:
-    """The largest absolute cosine between two updates of the denoiser."""
-    inside = [t for block, t in found.blocks.items() if block.partition(".")[0] in DENOISERS]
-    if not inside or len(names) < 2:
-        return None
-    here = torch.tensor([found.names.index(name) for name in names])
-    table = torch.stack(inside).sum(0)[here][:, here]
-    return float(cosines(table).fill_diagonal_(0).abs().max())
 
 
 def _digest(proposal: Proposal, name: str) -> str:

@@ -16,7 +16,6 @@ from cmlora.caching.unet import Cut
 from cmlora.cost import PassCost, pass_macs, shapes
 from cmlora.engine import Report
 from cmlora.errors import CmloraError
-from cmlora.overlap import overlap
 from cmlora.pipelines.assembly import assemble as assemble
 from cmlora.pipelines.assembly import restore as restore
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
@@ -31,6 +30,7 @@ from cmlora.strategies import METHODS, check_options
 from cmlora.strategies.auto import Choice, choose
 from cmlora.strategies.former import recalled, recorded
 from cmlora.strategies.options import defaults
+from cmlora.updates import updates
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,12 @@ def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, Choice]:
         return wish, Choice(wish.method)
     options = check_options("auto", wish.options or {})
     members = pipe.ensemble.members(pipe.ensemble.weights())
-    known = overlap(denoisers.find(pipe.pipe).values(), [member.name for member in members])
+    known = updates(denoisers.find(pipe.pipe).values(), [member.name for member in members])
     chosen = choose(
         members,
         wish.steps,
         **{"plain": known.plain, **options},
         cacheable=default_cache("cmlora", pipe.pipe) != "none",
-        interference=known.interference,
         sizes=known.sizes,
     )
     settled_wish = replace(

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-import sys
 from typing import Any
 
 import pytest
@@ -164,7 +163,6 @@ def test_features_of_other_strengths_are_not_reused() -> None:
 
 
 def test_auto_chooses_a_cache_and_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["cmlora.strategies.auto"], "APART", 0.0)
     with compose(pipe, NAMES, method="auto") as active:
         shared = tiny.run(pipe, steps=12)
     assert active.reason.startswith("gate: in one pass per step")

@@ -238,8 +238,8 @@ def _method(found: Findings) -> Iterator[Advice]:
     if not clashes and len(found.names) > 1:
         yield Advice(
             "method",
-            "merge is safe; gate may still separate better, in one pass too",
-            "no two LoRAs push in the same directions",
+            "gate, in which each place follows the LoRAs that change it most; merge comes second",
+            "no two LoRAs push in the same directions, which a sum needs and which is not enough",
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from cmlora.adapters.merging.cat import cat
 from cmlora.adapters.merging.iso import iso_c, iso_cts
 from cmlora.adapters.merging.karcher import karcher, slerp
-from cmlora.adapters.merging.knots import knots_dare, knots_ties
+from cmlora.adapters.merging.knots import knots_dare, knots_ties, survey
 from cmlora.adapters.merging.lego import lego
 from cmlora.adapters.merging.linear import factor_linear, linear
 from cmlora.adapters.merging.method import Method
@@ -45,15 +45,19 @@ MERGES: Registry[Method] = Registry(
     Entry("svd", Method(svd, "sum", _ALL), "the sum cut to a rank by singular values"),
     Entry(
         "factor_linear",
-        Method(factor_linear, "other", _ALL - {"gauge", "ranks", "units"}),
+        Method(factor_linear, "other", _ALL - {"gauge", "ranks"}),
         "up and down factors added apart, as PEFT's linear does",
     ),
     Entry(
         "slerp",
-        Method(slerp, "average", _ALL - {"many"}),
+        Method(slerp, "average", _ALL - {"many"}, absent=True),
         "the direction between two LoRAs, at their mean length",
     ),
-    Entry("karcher", Method(karcher, "average", _ALL), "the mean direction at the mean length"),
+    Entry(
+        "karcher",
+        Method(karcher, "average", _ALL, absent=True),
+        "the mean direction at the mean length",
+    ),
     Entry(
         "magnitude",
         Method(magnitude, "sum", _ALL, _WHOLE),
@@ -97,7 +101,7 @@ MERGES: Registry[Method] = Registry(
     ),
     Entry(
         "knots_ties",
-        Method(knots_ties, "average", _ALL, _WHOLE),
+        Method(knots_ties, "average", _ALL, _WHOLE, survey=survey),
         "ties in a basis that all LoRAs share",
         "arXiv:2410.19735",
     ),
@@ -133,13 +137,13 @@ MERGES: Registry[Method] = Registry(
     ),
     Entry(
         "pleas",
-        Method(pleas, "average", _ALL),
+        Method(pleas, "average", _ALL, absent=True),
         "least squares on the inputs that the layers see with each LoRA",
         "arXiv:2407.02447",
     ),
     Entry(
         "ziplora",
-        Method(ziplora, "average", _ALL),
+        Method(ziplora, "average", _ALL, absent=True),
         "one strength per input column, found by least squares on the inputs",
         "arXiv:2311.13600",
     ),
@@ -160,8 +164,9 @@ def merge(
 ) -> MergeResult:
     """Merges LoRAs into one whose scales are all 1.
 
-    A module that a LoRA does not have counts as unchanged by it; ranks may differ between LoRAs
-    and between modules. The order of the LoRAs is irrelevant, and a LoRA with weight 0 is left out.
+    A module that a LoRA does not have counts as unchanged by it, which is an update of zero for
+    means and least squares too; ranks may differ between LoRAs and between modules. The order of
+    the LoRAs is irrelevant, and a LoRA with weight 0 is left out.
 
     Args:
         loras: of one model family.

@@ -10,10 +10,10 @@ from torch import Tensor
 from cmlora.adapters.merging.factors import Pair, canonical
 from cmlora.errors import CmloraError
 
+Align = Literal["none", "permute", "procrustes", "canon"]
 
-def align_pair(
-    pair: Pair, reference: Pair, how: Literal["none", "permute", "procrustes", "canon"]
-) -> Pair:
+
+def align_pair(pair: Pair, reference: Pair, how: Align) -> Pair:
     """The same matrix with its factors as near as possible to those of a reference.
 
     Args:
@@ -43,7 +43,7 @@ def assign(similarity: Tensor) -> list[int]:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
-        raise CmloraError("matching rank units needs scipy; pip install scipy") from None
+        raise CmloraError("matching units needs scipy; pip install scipy") from None
 
     _, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
     return [int(column) for column in columns]

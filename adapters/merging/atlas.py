@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmlora.adapters.merging.learn import Fitted, Loss, check, descend, random_like, signed
+from cmlora.adapters.merging.learn import Fitted, Loss, descend, prepared, random_like, signed
 from cmlora.lora import LoRA, Update, stack
 
 
@@ -48,8 +48,8 @@ def atlas(
     Raises:
         CmloraError: if names repeat, LoRAs do not fit each other, or the loss is not finite.
     """
-    modules = check(loras)
-    title = name or "+".join(sorted(lora.name for lora in loras))
+    loras, modules = prepared(loras)
+    title = name or "+".join(lora.name for lora in loras)
     table = torch.full((len(loras), len(modules)), start, requires_grad=True)
 
     def losses_of() -> tuple[Tensor, Tensor]:

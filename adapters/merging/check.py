@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from cmlora import family
 from cmlora.errors import CmloraError
 from cmlora.lora import LoRA, Update
+
+NOTHING = 1e-30
+"""Updates with a smaller norm vanish in single precision."""
 
 
 def check_values(loras: Sequence[LoRA]) -> None:
@@ -24,18 +27,10 @@ def check_values(loras: Sequence[LoRA]) -> None:
             if not math.isfinite(update.scale):
                 raise CmloraError(f"{lora.name}: the scale of {module} is {update.scale}")
         families.setdefault(family.of_lora(lora), lora.name)
-    families.pop(family.UNKNOWN, None)
-    transformers = [found for found in families if not _unet(found)]
-    if len(transformers) > 1:  # one of them may be the other
-        families.pop(family.TRANSFORMER, None)
-    if len(families) > 1:
-        each = ", ".join(f"{name} is for {found}" for found, name in families.items())
+    if len(family.distinct(families)) > 1:
+        named = [found for found in families if found != family.UNKNOWN]
+        each = ", ".join(f"{families[found]} is for {found}" for found in named)
         raise CmloraError(f"these LoRAs are for different models: {each}")
-
-
-def _unet(found: str) -> bool:
-    """Whether a family's denoiser is a UNet."""
-    return found.startswith(("a UNet", *family.UNETS))
 
 
 def check_shape(module: str, named: Sequence[tuple[str, Update]]) -> None:
@@ -49,3 +44,21 @@ def check_shape(module: str, named: Sequence[tuple[str, Update]]) -> None:
     if len(sizes) > 1:
         each = " and ".join(f"{shape} in {name}" for shape, name in sizes.items())
         raise CmloraError(f"these LoRAs are for different models: {module} is {each}")
+
+
+def ceiling(updates: Sequence[Update]) -> int:
+    """The largest rank that the weighted sum of updates of one module can have."""
+    rows, columns, *kernel = updates[0].shape
+    return min(rows, columns * math.prod(kernel), sum(update.rank for update in updates))
+
+
+def check_rank(rank: int | None, modules: Iterable[Sequence[Update]]) -> None:
+    """Raises `CmloraError` for a rank that no module's weighted sum can have.
+
+    Args:
+        rank: of a result; nothing is asked for if not given.
+        modules: the updates of all LoRAs, module by module.
+    """
+    most = max(map(ceiling, modules), default=1)
+    if rank is not None and not 1 <= rank <= most:
+        raise CmloraError(f"rank {rank} is not possible; these LoRAs allow 1 to {most}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmlora.adapters.merging.factors import Pair, canonical
-from cmlora.adapters.merging.learn import Fitted, Loss, check, descend, random_like, signed
+from cmlora.adapters.merging.learn import Fitted, Loss, descend, prepared, random_like, signed
 from cmlora.errors import CmloraError
 from cmlora.lora import LoRA, Update
 
@@ -64,18 +64,18 @@ def concrete(
     """
     if not (temperature > 0 and math.isfinite(temperature)):
         raise CmloraError(f"temperature is {temperature:g}, expected more than 0")
-    modules = check(loras)
-    title = name or "+".join(sorted(lora.name for lora in loras))
+    loras, modules = prepared(loras)
+    title = name or "+".join(lora.name for lora in loras)
     triggers = tuple(dict.fromkeys(word for lora in loras for word in lora.triggers))
     parts = {module: _part(loras, module, granularity) for module in modules}
     logits = [torch.zeros(part.shape, requires_grad=True) for part in parts.values()]
     generator = torch.Generator().manual_seed(seed)
 
     def merged(noise: bool) -> LoRA:
-        drawn = [_drawn(own, temperature, generator if noise else None) for own in logits]
-        everywhere = torch.cat([own.flatten() for own in drawn]).mean()
+        masks = [drawn(own, temperature, generator if noise else None) for own in logits]
+        everywhere = torch.cat([own.flatten() for own in masks]).mean()
         updates = {}
-        for (module, part), own in zip(parts.items(), drawn, strict=True):
+        for (module, part), own in zip(parts.items(), masks, strict=True):
             level = everywhere if granularity == "module" else own.mean()
             updates[module] = part.masked(own / (level if rescale else 0.5))
         return LoRA(title, updates, triggers=triggers)
@@ -144,12 +144,12 @@ def _part(loras: Sequence[LoRA], module: str, granularity: Granularity) -> _Part
     return _Part(units, up, down.reshape(-1, *shape[1:]))
 
 
-def _drawn(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def drawn(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """A mask with entries between 0 and 1; the mean of all without a generator."""
     if generator is None:
-        drawn = torch.zeros_like(logits)
+        mean = torch.zeros_like(logits)
         for u in (torch.arange(_QUANTILES) + 0.5) / _QUANTILES:
-            drawn = drawn + torch.sigmoid((logits + u.log() - (1 - u).log()) / temperature)
-        return drawn / _QUANTILES
+            mean = mean + torch.sigmoid((logits + u.log() - (1 - u).log()) / temperature)
+        return mean / _QUANTILES
     u = torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
     return torch.sigmoid((logits + u.log() - (1 - u).log()) / temperature)

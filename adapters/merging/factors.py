@@ -129,9 +129,14 @@ def canonical(pair: Pair) -> Pair:
     u, s, vh = svd(pair)
     if not len(s):
         return Pair(u, vh)
-    largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
-    sign = torch.where(largest < 0, -1.0, 1.0).to(u)
+    sign = positive(u)
     return balanced(u * sign, s, sign[:, None] * vh)
+
+
+def positive(columns: Tensor) -> Tensor:
+    """Signs (K,) that make the entry of largest magnitude of every column (O, K) positive."""
+    largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -1.0, 1.0).to(columns)
 
 
 def nearest(matrix: Tensor, rank: int) -> Pair:

@@ -36,15 +36,14 @@ def iso_cts(
         pairs: factors.
         weights: of the sum, and of every LoRA's own part.
         rank: number of directions in all; those of the sum if none is given.
-        common: share of the directions that the leading ones of the sum take; the others are split
-            equally over the LoRAs, from D_j - U_c U_c^T D_j.
+        common: share of the directions that the leading ones of the sum take, see `split`; the
+            others are from D_j - U_c U_c^T D_j.
     """
     share("common", common)
     u, s, vh = _leading(pairs, weights, rank)
     if not len(s):
         return Pair(u, vh)
-    keep = max(1, round(common * len(s)))
-    each = (len(s) - keep) // len(pairs)
+    keep, each = split(len(s), len(pairs), common)
     lefts, values, rights = [u[:, :keep]], [s[:keep]], [vh[:keep].T]
     for pair, weight in zip(pairs, weights, strict=True):
         own = pair.up - lefts[0] @ (lefts[0].T @ pair.up)
@@ -55,6 +54,22 @@ def iso_cts(
     mean = torch.cat(values).mean()
     left, right = orthonormal(torch.cat(lefts, 1)), orthonormal(torch.cat(rights, 1))
     return balanced(left, mean.expand(left.shape[1]), right.T)
+
+
+def split(directions: int, loras: int, common: float) -> tuple[int, int]:
+    """How many directions are common, and how many every LoRA has of its own: all are given away.
+
+    What is not common is rounded to a multiple of the number of LoRAs, as the authors do, who have
+    hundreds. Few directions would often be rounded to none, or to more than there are: everybody
+    has one wherever there are enough for that and a common one, unless ``common`` is 1.
+
+    >>> split(16, 2, 0.8), split(16, 3, 0.8), split(5, 2, 0.8), split(5, 5, 0.8)
+    ((12, 2), (13, 1), (3, 1), (5, 0))
+    """
+    each = min(round((directions - int(directions * common)) / loras), directions // loras)
+    if each == 0 and common < 1 and directions > loras:
+        each = 1
+    return directions - each * loras, each
 
 
 def _leading(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmlora.adapters.merging.check import check_shape, check_values
+from cmlora.adapters.merging.check import NOTHING, check_shape, check_values
 from cmlora.errors import CmloraError
 from cmlora.lora import LoRA, Update
 
@@ -23,7 +23,7 @@ class Fitted:
     """What was learnt.
 
     Args:
-        lora: the merged LoRA.
+        lora: the merged LoRA, with scale 1 everywhere and factors in at least single precision.
         losses: of every step.
         strengths: by LoRA and module, of methods that learn one.
         control: the loss that random LoRAs of the same shapes and norms reach the same way. What
@@ -36,20 +36,28 @@ class Fitted:
     control: float | None = None
 
 
-def check(loras: Sequence[LoRA]) -> list[str]:
-    """The modules that any of them changes.
+def prepared(loras: Sequence[LoRA]) -> tuple[list[LoRA], list[str]]:
+    """The LoRAs by name and without updates of zero, and the modules that any of them changes.
+
+    What is drawn or penalised then depends neither on their order nor on how a file says nothing.
 
     Raises:
-        CmloraError: if names repeat, or LoRAs do not fit each other.
+        CmloraError: if names repeat, LoRAs do not fit each other, or none changes anything.
     """
     names = [lora.name for lora in loras]
     if not names or len(set(names)) < len(names):
         raise CmloraError(f"strengths are told apart by names, and these are {names}")
     check_values(loras)
-    modules = sorted({module for lora in loras for module in lora.updates})
+    ordered = [
+        replace(lora, updates={m: u for m, u in lora.updates.items() if u.norm() > NOTHING})
+        for lora in sorted(loras, key=lambda lora: lora.name)
+    ]
+    modules = sorted({module for lora in ordered for module in lora.updates})
+    if not modules:
+        raise CmloraError(f"nothing to learn: {', '.join(sorted(names))} change nothing")
     for module in modules:
-        check_shape(module, [(x.name, x.updates[module]) for x in loras if module in x.updates])
-    return modules
+        check_shape(module, [(x.name, x.updates[module]) for x in ordered if module in x.updates])
+    return ordered, modules
 
 
 def descend(
@@ -108,10 +116,14 @@ def signed(lora: LoRA, method: str, loras: Sequence[LoRA], **facts: Any) -> LoRA
         "modelspec.merged_from": ",".join(names),
         "cmlora.merge": json.dumps(recipe, sort_keys=True),
     }
-    updates = {
-        module: Update(u.down.detach().contiguous(), u.up.detach().contiguous(), u.scale)
-        for module, u in lora.updates.items()
-    }
+    updates = {}
+    for module, update in lora.updates.items():
+        both = update.folded()
+        down, up = (
+            factor.detach().to(torch.promote_types(factor.dtype, torch.float32)).contiguous()
+            for factor in (both.down, both.up)
+        )
+        updates[module] = Update(down, up * both.scale)
     return replace(lora, updates=updates, metadata=metadata)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from cmlora.adapters.merging.align import align_pair
+from cmlora.adapters.merging.align import Align, align_pair
 from cmlora.adapters.merging.factors import Pair, stack, truncate
 from cmlora.errors import CmloraError
 
@@ -19,12 +18,12 @@ def factor_linear(
     pairs: Sequence[Pair],
     weights: Sequence[float],
     *,
-    align: Literal["none", "permute", "procrustes", "canon"] = "none",
+    align: Align = "permute",
 ) -> Pair:
     """Factors added apart, (sum_j sqrt(w_j) B_j) (sum_j sqrt(w_j) A_j): what PEFT calls linear.
 
     This is not the weighted sum: every LoRA's up also meets every other's down. It is here to
-    reproduce pictures made with PEFT.
+    reproduce pictures made with PEFT, which takes units as they come: ``align="none"``.
 
     Args:
         pairs: of equal rank.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -33,7 +33,7 @@ LAWS: Mapping[str, str] = {
 }
 """What a method may promise. L5, L6 and L8 to L11 hold for all; a method without L7 says so."""
 
-_GIVEN = ("rank", "exact", "generator", "grams", "control", "seed", "name", "on_step")
+_GIVEN = ("rank", "exact", "generator", "grams", "limits", "control", "seed", "name", "on_step")
 
 
 class Outcome(NamedTuple):
@@ -48,6 +48,11 @@ class Outcome(NamedTuple):
     notes: Mapping[str, float]
 
 
+Modules = Callable[[], Iterator[Mapping[int, Pair]]]
+"""Goes through all modules: the pairs of those LoRAs that change one, by the LoRA's number."""
+Survey = Callable[[Modules, int, Mapping[str, Any]], Sequence[float] | None]
+
+
 @dataclass(frozen=True)
 class Method:
     """A merging method: a function of the matrices of one module.
@@ -56,8 +61,9 @@ class Method:
         function: takes the pairs of factors and the weights of the LoRAs that change the module,
             and returns a `Pair`, a dense matrix or an `Outcome`; one that learns takes whole LoRAs
             and a loss, and returns a `cmlora.adapters.merging.learn.Fitted`. Keyword arguments
-            called ``rank``, ``exact`` (the weighted sum), ``generator``, ``grams``, ``control``,
-            ``seed``, ``name`` and ``on_step`` are filled in by the caller, all others are options.
+            called ``rank``, ``exact`` (the weighted sum), ``generator``, ``grams``, ``limits``,
+            ``control``, ``seed``, ``name`` and ``on_step`` are filled in by the caller, all others
+            are options.
         kind: what the weights mean. ``sum``: n copies at weight 1 / n are the original;
             ``average``: n copies at weight 1 are; ``other``: neither.
         promises: the optional laws it keeps. ``identity``: one LoRA at weight 1 comes out
@@ -65,12 +71,18 @@ class Method:
             factorisations of the same LoRA give the same result; ``ranks``: ranks may differ;
             ``many``: any number of LoRAs, otherwise two.
         lossless: options under which identity and the law of its kind hold.
+        absent: the function is given a pair of rank 0 for every LoRA that leaves the module alone,
+            because a zero counts in its mean or its least squares; other formulas do not notice.
+        survey: looks at all modules before the first is merged: takes a function that goes through
+            them, the number of LoRAs and the options, and returns the ``limits`` of the LoRAs.
     """
 
     function: Callable[..., Any]
     kind: Kind
     promises: frozenset[str] = frozenset({"identity", "units", "gauge", "ranks", "many"})
     lossless: Mapping[str, Any] = field(default_factory=dict)
+    absent: bool = False
+    survey: Survey | None = None
 
     @property
     def laws(self) -> frozenset[str]:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from cmlora.adapters.calibration import layer_rows
 from cmlora.adapters.compression.heal import Call
-from cmlora.adapters.compression.layers import fits
+from cmlora.adapters.compression.layers import fits, matrix_of
 from cmlora.adapters.compression.model import put
 from cmlora.adapters.merging.rebasin import check_states, match
 from cmlora.adapters.merging.units import Units, rows, units_of
 from cmlora.errors import CmloraError
 
 _WIDEST = 4096
-"""Layers with more inputs stay at the mean of both: their normal equations would be too large."""
+"""Inputs of a layer that are fitted at a time: normal equations of more would be too large."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def merge_models(
     ridge: float = 1e-6,
     matching: bool = True,
     seed: int = 0,
+    widest: int = _WIDEST,
 ) -> MergedModels:
     """One model that stands for two of the same kind.
 
@@ -80,9 +81,13 @@ def merge_models(
         ridge: damping of the least squares, as a share of the mean square of an input.
         matching: bring units into step first; without it they are taken as they are.
         seed: of the matching.
+        widest: inputs of a layer that are fitted at a time. Those of wider layers, such as
+            convolutions of many channels, are fitted part by part, each to what the others leave;
+            every part takes another round of the calls.
 
     Raises:
-        CmloraError: if the models are of different kinds, or the share is not from 0 to 1.
+        CmloraError: if the models are of different kinds or hold NaN or infinity, or the share is
+            not from 0 to 1.
     """
     if not 0 <= separate <= 1:
         raise CmloraError(f"separate is {separate:g}, expected 0 to 1")
@@ -96,7 +101,7 @@ def merge_models(
     axes, widths = _axes(first, second, units, separate)
     model = copy.deepcopy(one)
     _fill(model, first, second, axes)
-    residuals = _fit(model, one, twin, calls, axes, ridge) if calls else {}
+    residuals = _fit(model, one, twin, calls, axes, ridge, widest) if calls else {}
     return MergedModels(model, found.similarity, widths, residuals)
 
 
@@ -181,57 +186,71 @@ def _fit(
     calls: Sequence[Call],
     axes: dict[tuple[str, int], _Axis],
     ridge: float,
+    widest: int,
 ) -> dict[str, tuple[float, float]]:
     """Least squares for every layer: inputs and outputs are the means of both models'."""
-    layers = {name: layer for name, layer in model.named_modules() if fits(layer)}
-    known = {name for name, _ in model.named_parameters()}
-    sums: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for call in calls:
-        seen = [_watched(side, call, layers) for side in (one, other)]
-        for name in layers:
-            if name not in seen[0] or name not in seen[1]:
-                continue
-            (x, y), (x_other, y_other) = seen[0][name], seen[1][name]
-            weight, bias = f"{name}.weight", f"{name}.bias"
-            if x.shape[1] > _WIDEST:
-                continue
-            read, out = _axis(axes, weight, 1, x.shape[1]), _axis(axes, weight, 0, y.shape[1])
-            inputs, wanted = _blend(x, x_other, read), _blend(y, y_other, out)
-            if bias in known:
-                inputs = torch.cat([inputs, torch.ones(len(inputs), 1).double()], 1)
-            parts = inputs.T @ inputs, wanted.T @ inputs, float(wanted.square().sum())
-            if name in sums:
-                before = sums[name]
-                parts = before[0] + parts[0], before[1] + parts[1], before[2] + parts[2]
-            sums[name] = parts
-    residuals = {}
-    for name, (square, mixed, size) in sums.items():
-        residuals[name] = _solve(layers[name], square, mixed, size, ridge)
+    left = {name: layer for name, layer in model.named_modules() if fits(layer)}
+    residuals: dict[str, tuple[float, float]] = {}
+    start = 0
+    while left:
+        part = slice(start, start + widest)
+        sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for call in calls:
+            seen = [_watched(side, call, left) for side in (one, other)]
+            for name in seen[0].keys() & seen[1].keys():
+                (x, y), (x_other, y_other) = seen[0][name], seen[1][name]
+                weight = f"{name}.weight"
+                read, out = _axis(axes, weight, 1, x.shape[1]), _axis(axes, weight, 0, y.shape[1])
+                inputs, wanted = _blend(x, x_other, read), _blend(y, y_other, out)
+                matrix = _matrix(left[name])
+                if matrix.shape[1] > inputs.shape[1]:
+                    inputs = torch.cat([inputs, torch.ones(len(inputs), 1).double()], 1)
+                missed, own = wanted - inputs @ matrix.T, inputs[:, part]
+                new = own.T @ own, missed.T @ own, _squares(missed, wanted)
+                old = sums.get(name)
+                if old is not None:
+                    new = old[0] + new[0], old[1] + new[1], old[2] + new[2]
+                sums[name] = new
+        for name, (square, mixed, (lost, size)) in sums.items():
+            step = _step(square, mixed, ridge)
+            _move(left[name], step, start)
+            after = float(lost + ((step @ square) * step).sum() - 2 * (step * mixed).sum())
+            size = max(float(size), 1e-300)
+            before = residuals.get(name, (float(lost) / size, 0.0))[0]
+            residuals[name] = before, max(after, 0.0) / size
+        start += widest
+        left = {name: left[name] for name in sums if _matrix(left[name]).shape[1] > start}
     return residuals
 
 
-def _solve(
-    layer: nn.Module, square: Tensor, mixed: Tensor, size: float, ridge: float
-) -> tuple[float, float]:
-    """Moves a layer's matrix to the least squares solution nearest to it."""
-    weight = cast(Tensor, layer.weight)
+def _squares(*tables: Tensor) -> Tensor:
+    return torch.stack([table.square().sum() for table in tables])
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """(O, I), or (O, I + 1) with the bias last, in float64."""
+    weight = matrix_of(layer).double()
     bias = cast("Tensor | None", layer.bias)
-    before = weight.detach().double().flatten(1)
-    if bias is not None:
-        before = torch.cat([before, bias.detach().double()[:, None]], 1)
+    return weight if bias is None else torch.cat([weight, bias.detach().double()[:, None]], 1)
+
+
+def _step(square: Tensor, mixed: Tensor, ridge: float) -> Tensor:
+    """The change of a matrix that explains most of what it misses, the nearest if many do."""
     damping = max(ridge, 1e-12) * float(square.diagonal().mean()) + 1e-300
     damped = square + damping * torch.eye(len(square), dtype=torch.double)
-    after = before + torch.linalg.solve(damped, (mixed - before @ square).T).T
+    found: Tensor = torch.linalg.solve(damped, mixed.T).T
+    return found
 
-    def missed(matrix: Tensor) -> float:
-        lost = float(((matrix @ square) * matrix).sum() - 2 * (matrix * mixed).sum()) + size
-        return max(lost, 0.0) / max(size, 1e-300)
 
+def _move(layer: nn.Module, step: Tensor, start: int) -> None:
+    """Adds to some columns of a layer's matrix, see `_matrix`."""
+    matrix = _matrix(layer)
+    matrix[:, start : start + step.shape[1]] += step
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
     columns = weight.flatten(1).shape[1]
-    weight.data.copy_(after[:, :columns].reshape(weight.shape))
+    weight.data.copy_(matrix[:, :columns].reshape(weight.shape))
     if bias is not None:
-        bias.data.copy_(after[:, columns])
-    return missed(before), missed(after)
+        bias.data.copy_(matrix[:, columns])
 
 
 def _blend(x: Tensor, y: Tensor, axis: _Axis) -> Tensor:

@@ -19,7 +19,7 @@ def seen(rows: Tensor, gram: Tensor) -> Tensor:
     """
     if gram.ndim == 2:
         return rows @ gram
-    parts = rows.reshape(len(rows), len(gram), -1)
+    parts = rows.reshape(len(rows), *gram.shape[:2])
     return torch.einsum("kcg,cgh->kch", parts, gram).flatten(1)
 
 
@@ -29,7 +29,7 @@ def unseen(rows: Tensor, gram: Tensor, ridge: float) -> Tensor:
     # Positive even for inputs that were never seen, so that there is always a solution.
     damping = max(ridge, 1e-12) * float(diagonal(gram).mean()) + 1e-300
     damped = blocks + damping * torch.eye(blocks.shape[-1], dtype=gram.dtype)
-    parts = rows.reshape(len(rows), len(blocks), -1).permute(1, 2, 0)
+    parts = rows.reshape(len(rows), *blocks.shape[:2]).permute(1, 2, 0)
     solved: Tensor = torch.linalg.solve(damped, parts)
     return solved.permute(2, 0, 1).flatten(1)
 

@@ -28,7 +28,8 @@ def pleas(
         pairs: factors.
         weights: of the updates that are followed.
         grams: second moments of the inputs while a LoRA is active, one per LoRA; see
-            `cmlora.adapters.calibration.Seen`.
+            `cmlora.adapters.calibration.Seen`. One that leaves the module alone has them too, and
+            holds the others back on its inputs.
         ridge: lambda as a share of the mean diagonal entry.
     """
     every = total(pairs[0].down.shape[1], grams)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cmlora.adapters.finite import check_finite
 from cmlora.adapters.merging.align import assign
 from cmlora.adapters.merging.units import (
     Order,
@@ -58,7 +59,7 @@ def match(reference: State, other: State, units: Sequence[Units], seed: int = 0)
         seed: of the order in which blocks are visited.
 
     Raises:
-        CmloraError: if the models differ in more than values.
+        CmloraError: if the models differ in more than values, or hold NaN or infinity.
     """
     check_states(reference, other)
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +151,8 @@ def straight_through(
         on_step: called after every step.
 
     Raises:
-        CmloraError: if the models differ in more than values, or there is no step.
+        CmloraError: if the models differ in more than values, hold NaN or infinity, or there is no
+            step.
     """
     check_states(reference, other)
     if steps < 1:
@@ -179,8 +181,12 @@ def straight_through(
     return Matched(best.state, best.orders, nearness, tuple(losses))
 
 
-def check_states(reference: State, other: State) -> None:
-    """Raises `CmloraError` unless both have the same parameters and shapes."""
+def check_states(
+    reference: State,
+    other: State,
+    names: tuple[object, object] = ("the first model", "the second model"),
+) -> None:
+    """Raises `CmloraError` unless both have the same parameters and shapes, and finite values."""
     if reference.keys() != other.keys():
         odd = sorted(reference.keys() ^ other.keys())[0]
         raise CmloraError(f"only one of the models has {odd}: they are of different kinds")
@@ -188,6 +194,8 @@ def check_states(reference: State, other: State) -> None:
         if tensor.shape != other[key].shape:
             shapes = f"{tuple(tensor.shape)} and {tuple(other[key].shape)}"
             raise CmloraError(f"{key} is {shapes}: these models are of different kinds")
+    for state, name in zip((reference, other), names, strict=True):
+        check_finite(state, name)
 
 
 def _products(reference: State, state: State, units: Units, kind: int) -> Tensor:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from cmlora.lora import LoRA
 
+LOST = "lost_to_rank"
+"""The note about what a cut to a rank leaves out."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -20,7 +23,8 @@ class Report:
         rank: the largest rank of a module.
         bytes: of the merged factors.
         seconds: it took.
-        notes: means over the modules of what the method says of itself.
+        notes: means over the modules of what the method says of itself; and ``lost_to_rank``, what
+            a cut to a rank leaves out of the method's result, relative to its norm.
         warnings: what the user should know.
     """
 
@@ -33,6 +37,15 @@ class Report:
     seconds: float
     notes: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> dict[str, str]:
+        """The notes in words."""
+        of = {LOST: "of the norm"}
+        return {
+            key.replace("_", " "): f"{part:.1%} {of.get(key, 'of entries')}"
+            for key, part in self.notes.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from cmlora import container
 from cmlora.adapters.merging.check import check_shape, check_values
 from cmlora.adapters.merging.factors import Pair, canonical
+from cmlora.adapters.merging.written import widest
 from cmlora.errors import CmloraError
 from cmlora.lora import LoRA, Update
 
@@ -46,6 +47,11 @@ class Pack:
     def numbers(self) -> int:
         """How many numbers are stored."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def bytes(self) -> int:
+        """Of these numbers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def pack(
@@ -83,7 +89,8 @@ def pack(
     for module in sorted({module for lora in loras for module in lora.updates}):
         there = {lora.name: lora.updates[module] for lora in loras if module in lora.updates}
         check_shape(module, list(there.items()))
-        original += sum(u.up.numel() + u.down.numel() for u in there.values())
+        factors = [t for u in there.values() for t in (u.up, u.down, u.mid) if t is not None]
+        original += sum(factor.nbytes for factor in factors)
         shape = max((update.shape for update in there.values()), key=len)
         ranks = {name: update.rank for name, update in there.items()}
         width, rows = max(ranks.values()), shape[0]
@@ -95,7 +102,7 @@ def pack(
                 stacked[:rows, : own.rank, index] = own.up
                 stacked[rows:, : own.rank, index] = own.down.T
         vectors = stacked if granularity == "position" else stacked.reshape(1, -1, len(names))
-        dtype = next(iter(there.values())).up.dtype
+        dtype = widest(list(there.values()))
         parts = [part.to(dtype) for part in components(vectors, size)]
         for kind, part in zip(("mean", "basis", "coefficients"), parts, strict=True):
             tensors[f"{module}.{kind}"] = part.contiguous()
@@ -118,9 +125,9 @@ def pack(
     }
     errors = {name: math.sqrt(lost[name] / total[name]) if total[name] else 0.0 for name in names}
     packed = Pack(names, tensors, layout, errors)
-    if packed.numbers >= original and not force:
+    if packed.bytes >= original and not force:
         raise CmloraError(
-            f"size {size} saves nothing: {packed.numbers} numbers instead of {original}; "
+            f"size {size} saves nothing: {packed.bytes} bytes instead of {original}; "
             "choose a smaller one"
         )
     return packed

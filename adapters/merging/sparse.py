@@ -1,7 +1,9 @@
 """The sparsifying family: what stays of every LoRA, times how the rest is put together.
 
 All of them need entries, so a matrix is formed; the result is cut to a rank afterwards. With
-``space="factor"`` both factors are treated as matrices of their own, as PEFT does.
+``space="factor"`` both factors are treated as matrices of their own, as PEFT does. ``align`` then
+brings the rank units of all LoRAs into step with those of the first, see
+`cmlora.adapters.merging.align.align_pair`; PEFT takes them as they come, which is ``align="none"``.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from cmlora.adapters.compression.completion import complete
 from cmlora.adapters.merging.agree import Sign, add, elect
+from cmlora.adapters.merging.align import Align, align_pair
 from cmlora.adapters.merging.factors import Pair
 from cmlora.adapters.merging.method import Outcome, share
 from cmlora.adapters.merging.sparsify import by_rank, largest, middle, random
@@ -28,10 +31,11 @@ def magnitude(
     *,
     density: float = 0.5,
     space: Space = "delta",
+    align: Align = "permute",
 ) -> Outcome:
     """The largest entries of every LoRA, added up."""
     share("density", density)
-    return _merge(pairs, weights, lambda t: largest(t, density), space)
+    return _merge(pairs, weights, lambda t: largest(t, density), space, align)
 
 
 def dare_linear(
@@ -41,10 +45,11 @@ def dare_linear(
     generator: torch.Generator,
     density: float = 0.5,
     space: Space = "delta",
+    align: Align = "permute",
 ) -> Outcome:
     """Random entries of every LoRA, scaled up for the missing ones and added (arXiv:2311.03099)."""
     share("density", density)
-    return _merge(pairs, weights, lambda t: random(t, density, generator), space)
+    return _merge(pairs, weights, lambda t: random(t, density, generator), space, align)
 
 
 def dare_ties(
@@ -56,11 +61,12 @@ def dare_ties(
     sign: Sign = "total",
     signed_vote: bool = False,
     space: Space = "delta",
+    align: Align = "permute",
 ) -> Outcome:
     """Random entries of every LoRA, scaled up, averaged where signs agree."""
     share("density", density)
     keep: Callable[[Tensor], Tensor] = lambda t: random(t, density, generator)  # noqa: E731
-    return _merge(pairs, weights, keep, space, (sign, signed_vote))
+    return _merge(pairs, weights, keep, space, align, (sign, signed_vote))
 
 
 def ties(
@@ -71,6 +77,7 @@ def ties(
     sign: Sign = "total",
     signed_vote: bool = False,
     space: Space = "delta",
+    align: Align = "permute",
     rank: int | None = None,
     fill: bool = False,
 ) -> Outcome:
@@ -83,6 +90,7 @@ def ties(
         sign: see `cmlora.adapters.merging.agree.elect`.
         signed_vote: see there.
         space: ``delta`` (the paper's), or ``factor`` for up and down apart.
+        align: of rank units, before factors are merged.
         rank: of the result where entries are filled in; the largest of the LoRAs' if not given.
         fill: take what was trimmed or lost the election for unknown instead of zero, and complete
             it at the rank, which is slow. For LoRAs whose trimmed entries were no noise.
@@ -90,7 +98,8 @@ def ties(
     share("density", density)
     if fill and space == "factor":
         raise CmloraError("fill completes updates, so that it needs space=delta")
-    found = _merge(pairs, weights, lambda t: largest(t, density), space, (sign, signed_vote))
+    keep: Callable[[Tensor], Tensor] = lambda t: largest(t, density)  # noqa: E731
+    found = _merge(pairs, weights, keep, space, align, (sign, signed_vote))
     if not fill:
         return found
     value, notes = found
@@ -119,7 +128,7 @@ def della(
     if density - epsilon / 2 <= 0:
         raise CmloraError(f"epsilon {epsilon:g} is at least twice the density {density:g}")
     keep: Callable[[Tensor], Tensor] = lambda t: by_rank(t, density, epsilon, generator)  # noqa: E731
-    return _merge(pairs, weights, keep, "delta", (sign, signed_vote))
+    return _merge(pairs, weights, keep, election=(sign, signed_vote))
 
 
 def breadcrumbs(
@@ -132,7 +141,7 @@ def breadcrumbs(
     """All but the very largest and the small entries of every LoRA, added up."""
     share("density", density)
     share("gamma", gamma, zero=True)
-    return _merge(pairs, weights, lambda t: middle(t, density, gamma), "delta")
+    return _merge(pairs, weights, lambda t: middle(t, density, gamma))
 
 
 def breadcrumbs_ties(
@@ -148,14 +157,15 @@ def breadcrumbs_ties(
     share("density", density)
     share("gamma", gamma, zero=True)
     keep: Callable[[Tensor], Tensor] = lambda t: middle(t, density, gamma)  # noqa: E731
-    return _merge(pairs, weights, keep, "delta", (sign, signed_vote))
+    return _merge(pairs, weights, keep, election=(sign, signed_vote))
 
 
 def _merge(
     pairs: Sequence[Pair],
     weights: Sequence[float],
     keep: Callable[[Tensor], Tensor],
-    space: Space,
+    space: Space = "delta",
+    align: Align = "none",
     election: tuple[Sign, bool] | None = None,
 ) -> Outcome:
     if space == "delta":
@@ -163,6 +173,7 @@ def _merge(
         return Outcome(value, notes)
     if len({pair.rank for pair in pairs}) > 1:
         raise CmloraError("space=factor needs LoRAs of one rank")
+    pairs = [align_pair(pair, pairs[0], align) for pair in pairs]
     roots = [abs(weight) ** 0.5 for weight in weights]
     signed = [root if w >= 0 else -root for root, w in zip(roots, weights, strict=True)]
     up, notes = combine([keep(pair.up) for pair in pairs], roots, election)

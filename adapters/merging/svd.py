@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from cmlora.adapters.merging.factors import Pair, balanced, stack
+from cmlora.adapters.merging.factors import Pair, balanced, positive, stack
 from cmlora.adapters.merging.factors import svd as decompose
-from cmlora.adapters.merging.method import share
+from cmlora.errors import CmloraError
 
 
 def svd(
@@ -26,15 +27,25 @@ def svd(
         weights: of the sum.
         rank: of the result; the largest of the LoRAs' if none is given.
         exact: the weighted sum, if it is at hand.
-        clamp: entries of the singular vectors beyond this quantile of their magnitudes are
-            clipped to it, against a few burnt features.
+        clamp: quantile, more than 0.5, of the entries of U S and V^T together that these are
+            clipped to in both directions, against a few burnt features; as PEFT's ``svd_clamp``.
+            As the sign of a singular vector is arbitrary, its largest entry is positive.
     """
     keep = max(pair.rank for pair in pairs) if rank is None else rank
     u, s, vh = decompose(exact or stack(pairs, weights), keep)
-    if clamp is not None and len(s):
-        share("clamp", clamp)
-        # Magnitudes, because the sign of a singular vector is arbitrary.
-        values = torch.cat([u.flatten(), vh.flatten()]).abs().sort().values
-        limit = float(values[round(clamp * (len(values) - 1))])
-        u, vh = u.clamp(-limit, limit), vh.clamp(-limit, limit)
-    return balanced(u, s, vh)
+    if clamp is None or not len(s):
+        return balanced(u, s, vh)
+    if not 0.5 < clamp <= 1:
+        raise CmloraError(f"clamp is {clamp:g}, expected more than 0.5 to 1")
+    sign = positive(u)
+    left, right = u * (sign * s), sign[:, None] * vh
+    limit = abs(quantile(torch.cat([left.flatten(), right.flatten()]), clamp))
+    return Pair(left.clamp(-limit, limit), right.clamp(-limit, limit))
+
+
+def quantile(values: Tensor, share: float) -> float:
+    """Between the two nearest entries in proportion; `torch.quantile` takes 16 million at most."""
+    ordered, place = values.sort().values, share * (len(values) - 1)
+    below = int(place)
+    one, other = ordered[below], ordered[min(below + 1, len(values) - 1)]
+    return float(torch.lerp(one, other, place - below))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmlora.adapters.merging.learn import Fitted, Loss, check, descend, random_like, signed
+from cmlora.adapters.merging.learn import Fitted, Loss, descend, prepared, random_like, signed
 from cmlora.lora import LoRA, Update, stack
 
 
@@ -46,8 +46,8 @@ def ziplora_trained(
     Raises:
         CmloraError: if names repeat, or LoRAs do not fit each other.
     """
-    check(loras)
-    title = name or "+".join(sorted(lora.name for lora in loras))
+    loras, _ = prepared(loras)
+    title = name or "+".join(lora.name for lora in loras)
     whole = [
         replace(lora, updates={m: _flat(update) for m, update in lora.updates.items()})
         for lora in loras

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from cmlora.cli.console import emit, out, progress, quiet_libraries, status
 from cmlora.cli.pictures import draw_merge
+from cmlora.cli.told import tell
 from cmlora.errors import CmloraError
 
 LEARNERS = ("lorahub", "atlas", "concrete", "ziplora_trained")
@@ -54,7 +55,7 @@ def learned(
 ) -> None:
     """Learn a merge, write it, and say what it is worth."""
     import json
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     from cmlora.adapters.merging.method import read_options as checked
     from cmlora.adapters.objective import Objective
@@ -109,14 +110,15 @@ def learned(
             **values,
         )
     recipe = json.loads(done.lora.metadata["cmlora.merge"])
-    recipe |= {"sha256": [sha256(path) for path in sources.values()], "model": task.model}
+    recipe |= {"sha256": [sha256(sources[own]) for own in recipe["loras"]], "model": task.model}
     recipe |= {"objective": task.objective, "losses": dict(done.losses)}
     metadata = {**done.lora.metadata, "cmlora.merge": json.dumps(recipe, sort_keys=True)}
     write(replace(done.lora, metadata=metadata), output)
-    draw_merge(plot, f"{method} of {', '.join(sources)}", done.lora, loras)
+    report = done.report
+    draw_merge(plot, f"{method} of {', '.join(sources)}", done.lora, loras, report.errors)
     if as_json:
-        facts = {"file": str(output), "sha256": sha256(output), "method": method}
-        emit({**facts, "losses": dict(done.losses), "strengths": _plain(done.fitted.strengths)})
+        facts = {"file": str(output), "sha256": sha256(output), "losses": dict(done.losses)}
+        emit({**facts, **asdict(report), "strengths": _plain(done.fitted.strengths)})
         return
     words = {
         "learned": "what was learnt",
@@ -129,9 +131,7 @@ def learned(
     for key, value in sorted(done.losses.items(), key=lambda pair: pair[1]):
         table.add_row(words[key], f"{value:.4g}")
     out.print(table)
-    ranks = max(update.rank for update in done.lora.updates.values())
-    size = f"{output.stat().st_size / 2**20:.1f} MB"
-    out.print(f"{output}: rank {ranks}, {size}", soft_wrap=True)
+    tell(report, output)
 
 
 def _pictures(task: Task) -> list[Any]:

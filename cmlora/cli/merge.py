@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Column, Table
 
 from cmlora.cli import arguments, options
-from cmlora.cli.console import emit, out, progress
+from cmlora.cli.console import emit, progress
 from cmlora.cli.learned import LEARNERS, Task, learned
 from cmlora.cli.pictures import draw_merge, drawable
+from cmlora.cli.told import tell
 from cmlora.cli.whole import is_model, whole
 from cmlora.errors import CmloraError
 
@@ -168,22 +168,7 @@ def merge(
     if as_json:
         emit({"file": str(output), "sha256": sha256(output), "recipe": recipe, **asdict(report)})
         return
-    table = Table(
-        "block",
-        Column("distance from the weighted sum", justify="right"),
-        title=f"{method} of {', '.join(sources)}",
-        caption=_MEANING[report.kind],
-    )
-    for block, error in report.errors.items():
-        table.add_row(block, f"{error:.2%}")
-    table.add_row("all", f"{report.error:.2%}")
-    out.print(table)
-    for key, share in report.notes.items():
-        out.print(f"{key} {share:.1%} of entries", highlight=False)
-    for remark in report.warnings:
-        out.print(f"note: {remark}")
-    size = f"{output.stat().st_size / 2**20:.1f} MB"
-    out.print(f"{output}: rank {report.rank}, {size}, {report.seconds:.1f} s", soft_wrap=True)
+    tell(report, output, f"{method} of {', '.join(sources)}", _MEANING[report.kind])
 
 
 def _grams(calib: Path, sources: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:

@@ -8,10 +8,13 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from cmlora import __version__
 from cmlora.cli.console import emit, out, quiet_libraries, status
 from cmlora.errors import CmloraError
 
 METHODS = ("mean", "pleas")
+_FILES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+"""Suffixes of weights in one file; other dots are part of a folder's name."""
 
 
 def is_model(reference: str) -> bool:
@@ -43,19 +46,13 @@ def whole(
     if not 0 <= separate <= 1:
         raise CmloraError(f"--separate {separate:g}: a share from 0 to 1")
     folders = [Path(reference).expanduser() for reference in references]
-    if output.suffix:
-        raise CmloraError(f"--out {output}: two models become a folder")
-    if output.exists() and (not force or any(output.samefile(folder) for folder in folders)):
-        raise CmloraError(
-            f"{output} exists; " + ("name another" if force else "--force replaces it")
-        )
-    if not output.absolute().parent.is_dir():
-        raise CmloraError(f"the folder {output.absolute().parent} does not exist")
+    _check_target(output, folders, force)
 
     import torch
 
     from cmlora.pipelines.calibrate import parts
-    from cmlora.pipelines.models import open_pipeline
+    from cmlora.pipelines.models import fingerprint, open_pipeline
+    from cmlora.pipelines.origin import sign
     from cmlora.pipelines.whole import merge_pipelines, stored_dtype
     from cmlora.pipelines.wider import note
 
@@ -70,14 +67,24 @@ def whole(
             *pipes, prompts=prompts, separate=separate, matching=matching, seed=seed
         )
         note({part: merged.model for part, merged in found.items()})
+        recipe = {
+            "method": method,
+            "models": [folder.resolve().name for folder in folders],
+            "sha256": [fingerprint(folder) for folder in folders],
+            "weights": [0.5, 0.5],
+            "match": matching,
+            "separate": separate,
+            "prompts": list(prompts),
+            "seed": seed,
+            "cmlora": __version__,
+        }
+        sign({part: merged.model for part, merged in found.items()}, recipe)
     with tempfile.TemporaryDirectory(
         prefix=f".{output.name}.", dir=output.absolute().parent
     ) as new:
         part = next(iter(found))
         pipes[0].to(stored_dtype(folders[0], part)).save_pretrained(Path(new) / "model")
-        if output.exists():
-            shutil.rmtree(output)
-        (Path(new) / "model").rename(output)
+        _put(Path(new) / "model", output)
     facts = {
         part: {
             "matched": _mean(merged.similarity.values()),
@@ -88,7 +95,7 @@ def whole(
         for part, merged in found.items()
     }
     if as_json:
-        emit({"folder": str(output), "method": method, "parts": facts})
+        emit({"folder": str(output), "method": method, "recipe": recipe, "parts": facts})
         return
     named = ("units alike", "mean misses", "fit misses", "size")
     right = [Column(name, justify="right") for name in named]
@@ -97,6 +104,41 @@ def whole(
         table.add_row(part, *("-" if value is None else f"{value:.2%}" for value in row.values()))
     out.print(table)
     out.print(str(output), soft_wrap=True)
+
+
+def _check_target(output: Path, folders: Sequence[Path], force: bool) -> None:
+    """Raises `CmloraError` unless a model's folder can be put there."""
+    if output.suffix.lower() in _FILES:
+        raise CmloraError(f"--out {output}: two models become a folder")
+    if output.exists():
+        here = output.resolve()
+        if any(here in (own, *own.parents) for own in (folder.resolve() for folder in folders)):
+            raise CmloraError(f"{output} exists, and a model to merge is in it; name another")
+        if not is_model(str(output)):
+            raise CmloraError(f"{output} exists and is no model's folder; name another")
+        if not force:
+            raise CmloraError(f"{output} exists; --force replaces it")
+    if not output.absolute().parent.is_dir():
+        raise CmloraError(f"the folder {output.absolute().parent} does not exist")
+
+
+def _put(new: Path, output: Path) -> None:
+    """Gives a folder its name; what had it before is deleted when that is done, not earlier."""
+    target = output.resolve()
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = aside / target.name
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(aside)
+        if isinstance(error, OSError):
+            raise CmloraError(f"cannot write {output}: {error.strerror}") from None
+        raise
+    shutil.rmtree(aside)
 
 
 def _size(model: Any) -> int:

@@ -19,14 +19,12 @@ from cmlora.strategies.select import select
 from cmlora.strategies.switch import switch
 
 if TYPE_CHECKING:
-    from cmlora.overlap import Overlap
+    from cmlora.updates import Updates
 
 LIGHT = 0.38
 """Cost of a light pass in full ones: Stable Diffusion 1.5 at 512x512, attention counted."""
 FEW = 8
 """Runs of no more steps are those of distilled models, whose steps have little in common."""
-APART = 0.05
-"""Updates whose cosines are all smaller do not interfere when they are added up."""
 LOUD = 2.0
 """A LoRA this many times as large as the median drowns the others."""
 
@@ -80,7 +78,7 @@ def auto(
     return plan_of(chosen, step, members, policy)
 
 
-def knowing(known: Overlap) -> Strategy:
+def knowing(known: Updates) -> Strategy:
     """`auto` with what is known of the LoRAs' updates."""
 
     def informed(step: Step, members: Sequence[Member], policy: Policy, **options: Any) -> Plan:
@@ -89,7 +87,6 @@ def knowing(known: Overlap) -> Strategy:
             step.count,
             **{"plain": known.plain, **options},
             cacheable=policy.reuse,
-            interference=known.interference,
             sizes=known.sizes,
         )
         return plan_of(chosen, step, members, policy)
@@ -123,7 +120,6 @@ def choose(
     budget: float = 2.0,
     plain: bool = True,
     cacheable: bool = True,
-    interference: float | None = None,
     sizes: Mapping[str, float] | None = None,
 ) -> Choice:
     """Decide by what is known; every rule has its reason in the result.
@@ -135,7 +131,6 @@ def choose(
         plain: whether all layers hold plain LoRAs. Then one pass is enough, whatever the budget:
             of the methods in benchmarks/composition.md none with more of them draws more concepts.
         cacheable: whether features of the model can be reused.
-        interference: largest absolute cosine between two LoRAs' updates, if it is known.
         sizes: norm of every LoRA's update, if known.
 
     Raises:
@@ -149,9 +144,6 @@ def choose(
     n = len(ordered)
     if n == 1:
         return Choice("merge", reason="merge: a single LoRA needs no composing", **common)
-    if interference is not None and interference < APART:
-        reason = f"merge: the updates hardly overlap (largest cosine {interference:.2f})"
-        return Choice("merge", reason=reason + said, **common)
     if plain:
         reason = "gate: in one pass per step every place of every layer follows the right LoRAs"
         return Choice("gate", reason=reason + said, **common)

@@ -61,7 +61,7 @@ def test_known_pairs(other: LoRA, cosine: float, shared: float, strength: float)
 def test_advice_for_known_pairs() -> None:
     assert "use one of" in said(examine([ONE, scaled(ONE, "other", 1)]), "method")
     assert "never merge" in said(examine([ONE, scaled(ONE, "other", -1)]), "method")
-    assert "merge is safe" in said(examine([ONE, orthogonal(ONE, "other")]), "method")
+    assert "merge comes second" in said(examine([ONE, orthogonal(ONE, "other")]), "method")
     assert "other:0.5" in said(examine([ONE, scaled(ONE, "other", 9)]), "weights")
     assert "71" in said(examine([ONE, scaled(ONE, "other", 1)]), "weights")
     for report in (examine([ONE]), examine([ONE, orthogonal(ONE, "other")])):

@@ -69,7 +69,7 @@ def test_learning_from_the_command_line(
     said = run_json(*arguments)
     assert said["losses"].keys() == {"learned", "sum", "mean", "base", "random"}
     assert said["losses"]["base"] == pytest.approx(1)
-    assert said["rank"] == 3
+    assert 1 <= said["rank"] <= 3
     assert said["error"] > 0
     assert 0 <= said["notes"]["lost_to_rank"] < 1
     assert {"errors", "bytes", "seconds", "warnings"} <= said.keys()

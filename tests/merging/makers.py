@@ -1,11 +1,20 @@
 """Random LoRAs of small shapes, and the same LoRAs written differently."""
 
+import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
+from cmlora.adapters.merging import MERGES, merge
+from cmlora.adapters.merging.factors import Pair
+from cmlora.adapters.merging.result import MergeResult
 from cmlora.lora import LoRA, Update
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -29,6 +38,21 @@ def make(name: str, rank: int = 3, scale: float = 0.5, dtype: torch.dtype = torc
         for module, shape in SHAPES.items()
     }
     return LoRA(name, updates, triggers=(name,))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def a_pair(seed: int, rows: int = 11, columns: int = 13, rank: int = 3) -> Pair:
+    """A random matrix in double precision."""
+    g = generator(seed)
+    up = torch.randn((rows, rank), generator=g, dtype=torch.double)
+    return Pair(up, torch.randn((rank, columns), generator=g, dtype=torch.double))
+
+
+def product(pair: Pair) -> Tensor:
+    return pair.up @ pair.down
 
 
 def permuted(lora: LoRA) -> LoRA:
@@ -80,3 +104,45 @@ def distance(one: LoRA, other: LoRA) -> float:
         size = max(float(delta.norm()) for delta in deltas)
         worst = max(worst, float(gap.norm()) / size if size else 0.0)
     return worst
+
+
+def inputs(name: str, module: str, width: int) -> Tensor:
+    """Random inputs (2 * width, width) of a module while a LoRA is active."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{module}".encode()))
+    return torch.randn((2 * width, width), generator=generator, dtype=torch.double)
+
+
+def grams(loras: Sequence[LoRA]) -> dict[str, dict[str, Tensor]]:
+    """Second moments of these inputs for every LoRA and any module of one of them."""
+    shapes = {m: u.shape for lora in loras for m, u in lora.updates.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for lora in loras:
+        for module, shape in shapes.items():
+            rows = inputs(lora.name, module, math.prod(shape[1:]))
+            found.setdefault(lora.name, {})[module] = rows.T @ rows
+    return found
+
+
+def do(
+    method: str, loras: Sequence[LoRA], weights: Sequence[float] | None = None, **options: Any
+) -> MergeResult:
+    """Merge with calibration data if the method needs it."""
+    if MERGES[method].object.needs_grams:
+        options["grams"] = grams(loras)
+    return merge(loras, weights or [1.0] * len(loras), method, **options)
+
+
+def rank_stabilised(lora: LoRA, folder: Path, alpha: float = 6.0) -> Path:
+    """A PEFT file with the LoRA's factors and rsLoRA's scale alpha / sqrt(rank)."""
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for module, update in lora.updates.items():
+        tensors[f"{module}.lora_A.weight"] = update.down
+        tensors[f"{module}.lora_B.weight"] = update.up.reshape(
+            *update.up.shape, *[1] * (update.down.ndim - 2)
+        )
+        part = {"r": update.rank, "lora_alpha": alpha, "use_rslora": True}
+        settings |= {f"{module.partition('.')[0]}.{key}": value for key, value in part.items()}
+    path = folder / f"{lora.name}.safetensors"
+    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)})
+    return path

@@ -26,6 +26,20 @@ def cut(matrix: Array, rank: int) -> Array:
     return result
 
 
+def shortened(mean: Reference) -> Reference:
+    """Updates of zero have a length and no direction: the mean of the others is only shorter."""
+
+    def found(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
+        rows = [(d, w) for d, w in zip(deltas, weights, strict=True) if d.any()]
+        part = sum(weight for _, weight in rows) / sum(weights)
+        if len(rows) == 1:
+            return np.asarray(part * rows[0][0])
+        return np.asarray(part * mean([d for d, _ in rows], [w for _, w in rows]))
+
+    return found
+
+
+@shortened
 def slerp(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
     (one, other), t = deltas, weights[1] / (weights[0] + weights[1])
     sizes = np.linalg.norm(one), np.linalg.norm(other)
@@ -35,6 +49,7 @@ def slerp(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
     return np.asarray(length * mixed / math.sin(theta))
 
 
+@shortened
 def karcher(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
     """Gradient descent on the sum of squared angles, on whole matrices."""
     shares = [weight / sum(weights) for weight in weights]
@@ -147,10 +162,15 @@ def tsv_m(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
 
 
 def iso_cts(deltas: Sequence[Array], weights: Sequence[float]) -> Array:
+    rows = [(d, w) for d, w in zip(deltas, weights, strict=True) if d.any()]
+    deltas, weights = [d for d, _ in rows], [w for _, w in rows]
     u, s, vh = np.linalg.svd(weighted_sum(deltas, weights))
     rank = sum(value > 1e-6 * s[0] for value in s)
-    common = round(0.8 * rank)
-    each = (rank - common) // len(deltas)
+    # Shares of the directions that are not common, to the nearest whole number, a half to the even.
+    apart = int(np.rint((rank - math.floor(0.8 * rank)) / len(deltas))) * len(deltas)
+    apart = apart or (len(deltas) if rank > len(deltas) else 0)
+    apart = apart if apart <= rank else apart - len(deltas)
+    common, each = rank - apart, apart // len(deltas)
     lefts, values, rights = list(u.T[:common]), list(s[:common]), list(vh[:common])
     shared = u[:, :common] @ u[:, :common].T
     for delta, weight in zip(deltas, weights, strict=True):

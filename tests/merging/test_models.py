@@ -22,7 +22,9 @@ from cmlora.adapters.merging.rebasin import (
     straight_through,
 )
 from cmlora.adapters.merging.units import (
+    Kind,
     Order,
+    Place,
     Units,
     identity,
     reorder,
@@ -82,7 +84,7 @@ def test_every_declared_order_leaves_the_function_alone(which: int) -> None:
             if state[key].ndim > 1
             else [s[key].sort().values for s in (state, unet.state_dict())]
         )
-        assert torch.allclose(values[0], values[1], atol=1e-10)
+        assert torch.allclose(values[0], values[1], rtol=0, atol=1e-10)
 
 
 def test_text_encoders_have_units_too() -> None:
@@ -146,8 +148,6 @@ def test_the_order_is_the_best_of_all() -> None:
     """Two heads of three dimensions: every allowed order, tried."""
     from itertools import permutations, product
 
-    from cmlora.adapters.merging.units import Kind, Place
-
     units = Units("a", 2, (Kind(3, (Place("w", 0), Place("v", 1))), Kind(1, (Place("b"),))))
     one = {"w": random(6, 4), "v": random(5, 6, seed=1), "b": random(2, seed=2)}
     other = {"w": random(6, 4, seed=3), "v": random(5, 6, seed=4), "b": random(2, seed=5)}
@@ -165,6 +165,28 @@ def test_the_order_is_the_best_of_all() -> None:
     assert gain > 0
     assert similarity(one, reorder(other, units, order), units) > similarity(one, other, units)
     assert rows(one, Place("v", 1), 6).shape == (6, 5)
+
+
+def test_what_an_order_gains_is_in_the_singular_vectors() -> None:
+    """<W_a, P W_b> = sum_ij s_i s'_j (u_i . P u'_j)(v_i . v'_j), which matching maximises."""
+    units = Units("a", 1, (Kind(9, (Place("w"),)),))
+    one, other = {"w": random(9, 7).double()}, {"w": random(9, 7, seed=1).double()}
+    found = best_order(one, other, units)[0]
+    for order in (identity(units), shuffled(units, torch.Generator().manual_seed(3)), found):
+        moved = reorder(other, units, order)["w"]
+        u, s, vh = torch.linalg.svd(one["w"], full_matrices=False)
+        u_other, s_other, vh_other = torch.linalg.svd(other["w"], full_matrices=False)
+        turned = u_other[order.flat(0)]
+        spread = torch.outer(s, s_other) * (u.T @ turned) * (vh @ vh_other.T)
+        assert float((one["w"] * moved).sum()) == pytest.approx(
+            float(spread.sum()), rel=0, abs=1e-10
+        )
+        values = torch.linalg.svdvals(moved)
+        assert torch.allclose(values, s_other, rtol=0, atol=1e-10)
+    inner = [
+        float((one["w"] * reorder(other, units, o)["w"]).sum()) for o in (identity(units), found)
+    ]
+    assert inner[1] > inner[0]
 
 
 def feeds(seed: int, noise: float = 0.0) -> FeedForward:
@@ -190,10 +212,10 @@ def noisy_copy(model: nn.Module, noise: float) -> nn.Module:
 
 
 def test_a_model_and_its_scrambled_copy_merge_into_it() -> None:
-    model = feeds(0)
-    found = merge_models(model, noisy_copy(model, 0.0), [lambda m: m(random(64, 8))])
+    model = feeds(0).double()
+    found = merge_models(model, noisy_copy(model, 0.0), [lambda m: m(random(64, 8).double())])
     for key, tensor in model.state_dict().items():
-        assert torch.allclose(tensor, found.model.state_dict()[key], atol=1e-6)
+        assert torch.allclose(tensor, found.model.state_dict()[key], rtol=0, atol=1e-9)
     assert max(after for _, after in found.residuals.values()) < 1e-9
 
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,31 +14,13 @@ from cmlora.adapters.merging import merge
 from cmlora.adapters.merging.agree import elect
 from cmlora.adapters.merging.align import align_pair
 from cmlora.adapters.merging.factors import Pair, canonical, inner, nearest, svd
-from cmlora.adapters.merging.iso import iso_c, iso_cts
-from cmlora.adapters.merging.knots import aligned, knots_ties
 from cmlora.adapters.merging.lego import lego
-from cmlora.adapters.merging.rmm import components, load, pack, rebuild, save
 from cmlora.adapters.merging.sparse import ties
 from cmlora.adapters.merging.sparsify import by_rank, largest, middle, random
-from cmlora.adapters.merging.tsv import tsv_m
 from cmlora.errors import CmloraError
-from cmlora.lora import LoRA, Update
+from cmlora.lora import LoRA
 from tests.merging import references
-from tests.merging.makers import SHAPES, distance, make, named, permuted, regauged, without
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def a_pair(seed: int, rows: int = 11, columns: int = 13, rank: int = 3) -> Pair:
-    g = generator(seed)
-    up = torch.randn((rows, rank), generator=g, dtype=torch.double)
-    return Pair(up, torch.randn((rank, columns), generator=g, dtype=torch.double))
-
-
-def product(pair: Pair) -> Tensor:
-    return pair.up @ pair.down
+from tests.merging.makers import a_pair, distance, generator, make, named, permuted, product
 
 
 def row(*values: float) -> Pair:
@@ -86,25 +67,6 @@ def test_alignment_finds_a_changed_copy(how: str) -> None:
     found = align_pair(copy, pair, how)  # type: ignore[arg-type]
     assert torch.allclose(found.up, pair.up, atol=1e-9)
     assert torch.allclose(found.down, pair.down, atol=1e-9)
-
-
-def test_truncation_loses_what_eckart_and_young_say() -> None:
-    loras = [make("a"), make("b")]
-    exact = merge(loras, [0.8, 0.6], "cat").lora
-    merged = merge(loras, [0.8, 0.6], "svd", rank=2)
-    lost = total = 0.0
-    for update in exact.updates.values():
-        values = torch.linalg.svdvals(update.delta().double().flatten(1)).square()
-        lost, total = lost + float(values[2:].sum()), total + float(values.sum())
-    assert merged.report.error == pytest.approx(math.sqrt(lost / total), abs=1e-6)
-
-
-def test_clamping_clips_singular_vectors() -> None:
-    lora = make("a")
-    plain, clamped = (merge([lora], [1.0], "svd", clamp=q).lora for q in (1.0, 0.9))
-    assert distance(plain, lora) < 1e-5
-    module = min(SHAPES)
-    assert clamped.updates[module].up.abs().max() < plain.updates[module].up.abs().max()
 
 
 def test_ties_by_hand() -> None:
@@ -191,41 +153,6 @@ def test_means_on_the_sphere_have_the_length_between() -> None:
             merge([one, opposite], [1.0, 1.0], method)
 
 
-def test_knots_without_pruning_is_the_sum_and_never_larger() -> None:
-    pairs = [a_pair(0, rank=3), a_pair(1, rank=2)]
-    basis, tasks = aligned(pairs)
-    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.double), atol=1e-9)
-    total = basis @ (0.8 * tasks[0] + 0.6 * tasks[1])
-    assert torch.allclose(total, 0.8 * product(pairs[0]) + 0.6 * product(pairs[1]), atol=1e-9)
-    found = knots_ties(pairs, [1.0, 1.0]).value
-    assert isinstance(found, Pair)
-    assert found.rank <= 5
-
-
-def test_iso_has_one_singular_value_and_the_nuclear_norm() -> None:
-    pairs = [a_pair(0), a_pair(1)]
-    before = torch.linalg.svdvals(product(pairs[0]) + product(pairs[1]))
-    after = torch.linalg.svdvals(product(iso_c(pairs, [1.0, 1.0])))
-    assert float(after.sum()) == pytest.approx(float(before.sum()), rel=1e-9)
-    assert float(after[:6].std()) < 1e-9
-    three = torch.linalg.svdvals(product(iso_c(pairs, [1.0, 1.0], rank=3)))
-    assert float(three.sum()) == pytest.approx(float(before[:3].sum()), rel=1e-9)
-    assert iso_cts(pairs, [1.0, 1.0], rank=3).rank <= 3
-    shared = torch.linalg.svdvals(product(iso_cts(pairs, [1.0, 1.0], common=0.6)))
-    assert float(shared[:6].std()) < 1e-9
-
-
-def test_tsv_of_orthogonal_loras_is_their_sum() -> None:
-    left, right = (torch.linalg.qr(a_pair(s, 12, 12, 12).up).Q for s in (0, 1))
-    pairs = [Pair(left[:, 3 * i : 3 * i + 3], right[3 * i : 3 * i + 3]) for i in range(3)]
-    found = product(tsv_m(pairs, [1.0, 0.5, -2.0]))
-    weights = (1.0, 0.5, -2.0)
-    expected = torch.stack([w * product(p) for w, p in zip(weights, pairs, strict=True)]).sum(0)
-    assert torch.allclose(found, expected, atol=1e-9)
-    many = tsv_m([a_pair(s, 6, 7, 4) for s in range(8)], [1.0] * 8)
-    assert many.rank <= 6
-
-
 def test_lego_makes_copies_one() -> None:
     original = make("a", 4)
     copies = [original, named(permuted(original), "b")]
@@ -267,80 +194,3 @@ def test_lego_finds_the_best_clusters_of_a_few_units() -> None:
     assert spread == pytest.approx(references.clusters(pool.numpy(), 3), rel=1e-9)
     for label, group in groups.items():
         assert float(centres[label].norm()) == pytest.approx(float(lengths[group].mean()), rel=1e-6)
-
-
-def library(count: int = 6, rank: int = 4) -> list[LoRA]:
-    """LoRAs that are all near one, so that few basis vectors describe them well."""
-    base = make("base", rank)
-    return [
-        LoRA(
-            f"l{index}",
-            {m: Update(u.down, u.up * (1 + 0.1 * index), u.scale) for m, u in base.updates.items()},
-            triggers=(f"word {index}",),
-        )
-        for index in range(count)
-    ]
-
-
-def test_components_lose_the_tail() -> None:
-    vectors = torch.randn((5, 4, 6), generator=generator(), dtype=torch.double)
-    mean, basis, coefficients = components(vectors, 2)
-    lost = float((mean[..., None] + basis @ coefficients - vectors).square().sum())
-    tail = 0.0
-    for place in vectors.numpy():
-        values = np.linalg.svd(place - place.mean(1, keepdims=True))[1]
-        tail += float((values[2:] ** 2).sum())
-    assert lost == pytest.approx(tail, rel=1e-9)
-
-
-@pytest.mark.parametrize(("granularity", "size"), [("position", 1), ("module", 1)])
-def test_a_pack_gives_every_lora_back(tmp_path: Path, granularity: str, size: int) -> None:
-    loras = library(rank=8)
-    packed = pack(loras, size, granularity=granularity)  # type: ignore[arg-type]
-    path = str(tmp_path / "pack.safetensors")
-    save(packed, path)
-    again = load(path)
-    assert again.errors == packed.errors
-    original = sum(u.up.numel() + u.down.numel() for x in loras for u in x.updates.values())
-    assert packed.numbers < original
-    for lora in loras:
-        found = rebuild(again, lora.name)
-        assert found.triggers == lora.triggers
-        assert distance(found, lora) < 1e-5
-        assert packed.errors[lora.name] < 1e-5
-
-
-def test_a_pack_stores_what_the_formula_says() -> None:
-    shape, size, count, rank = SHAPES[min(SHAPES)], 2, 6, 8
-    loras = [LoRA(x.name, {min(SHAPES): x.updates[min(SHAPES)]}) for x in library(count, rank)]
-    positions = sum(shape)
-    by_position = pack(loras, size, granularity="position")
-    assert by_position.numbers == positions * (size * (rank + count) + rank)
-    whole = pack(loras, size)
-    assert whole.numbers == positions * rank * (size + 1) + size * count
-
-
-def test_a_full_basis_is_exact_for_different_loras() -> None:
-    loras = [make("a", 4), make("b", 2), without(make("c", 3), min(SHAPES))]
-    packed = pack(loras, 2, force=True)
-    for lora in loras:
-        assert distance(rebuild(packed, lora.name), lora) < 1e-5
-    assert max(pack(loras, 1, force=True).errors.values()) > 0.1
-    gauge = pack([loras[0], regauged(loras[1]), loras[2]], 1, force=True)
-    assert gauge.errors == pytest.approx(pack(loras, 1, force=True).errors, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("count", "size", "message"),
-    [(1, 0, "two or more"), (3, 3, "0 to 2"), (3, 2, "saves nothing")],
-)
-def test_packs_that_make_no_sense(count: int, size: int, message: str) -> None:
-    with pytest.raises(CmloraError, match=message):
-        pack(library(count), size)
-
-
-def test_what_is_no_pack(tmp_path: Path, lora_folder: Path) -> None:
-    with pytest.raises(CmloraError, match="is no pack"):
-        load(str(lora_folder / "cat.safetensors"))
-    with pytest.raises(CmloraError, match="it holds l0, l1"):
-        rebuild(pack(library(2), 0), "l7")

@@ -34,13 +34,13 @@ def proposed(
     return propose(examine(loras, None, frequency).findings, paths, **given)
 
 
-def test_loras_that_do_not_interfere_are_merged(tmp_path: Path) -> None:
+def test_a_proposal_is_what_auto_says(tmp_path: Path) -> None:
     other = orthogonal(ONE, "other")
     found = proposed(tmp_path, [scaled(ONE, "one", 9), other])
-    assert found.method == choose([Member("a"), Member("b")], 30, interference=0.0).method
+    assert found.method == choose([Member("a"), Member("b")], 30).method == "gate"
     assert {part.name: part.weight for part in found.loras} == {"one": 0.5, "other": 1.0}
     assert (found.schedule, found.options, found.cache) == ("", {}, "none")
-    assert "hardly overlap" in found.reason
+    assert found.reason.startswith("gate: ")
     again = Proposal.from_table(json.loads(json.dumps(found.table())))
     assert again == found
     assert is_proposal(found.table())
@@ -54,7 +54,7 @@ def test_those_that_do_are_what_auto_says(tmp_path: Path, sign: int) -> None:
         for i, (m, u) in enumerate(near.updates.items())
     }
     found = proposed(tmp_path, [ONE, replace(near, updates=updates)])
-    expected = choose([Member("a"), Member("b")], 30, interference=0.6)
+    expected = choose([Member("a"), Member("b")], 30)
     assert (found.method, found.options) == (expected.method, expected.options)
     assert found.method in examine([ONE, replace(near, updates=updates)]).advice[-1].do
 

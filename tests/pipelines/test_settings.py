@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +114,7 @@ def test_auto_is_settled_before_the_recipe_is_written(
     assert settled(pipe, WISH) == (WISH, Choice(WISH.method))
 
 
-def test_the_turns_are_the_ones_that_were_chosen(
-    model_folder: Path, lora_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.modules["cmlora.strategies.auto"], "APART", 0.0)
+def test_the_turns_are_the_ones_that_were_chosen(model_folder: Path, lora_folder: Path) -> None:
     pipe = loaded(model_folder, lora_folder)
     asked = wish(method="auto", options={"budget": "1", "plain": "false"}, steps=12)
     given = pipe.ensemble.members(pipe.ensemble.weights())

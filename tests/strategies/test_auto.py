@@ -19,10 +19,9 @@ OTHERS = {"plain": False}
     ("members", "options", "method", "words"),
     [
         (SET[:1], {}, "merge", "single LoRA"),
-        (SET, {"interference": 0.01}, "merge", "hardly overlap"),
-        (SET, {"interference": 0.5, "budget": 6.0}, "gate", "one pass per step"),
+        (SET, {"budget": 6.0}, "gate", "one pass per step"),
         (SET, {"count": 4, "budget": 1.0}, "gate", "one pass per step"),
-        (SET, {"interference": 0.5, "budget": 6.0, **OTHERS}, "select", "within the budget"),
+        (SET, {"budget": 6.0, **OTHERS}, "select", "within the budget"),
         (SET, {"budget": 2.1, **OTHERS}, "select", "uniform:3"),
         (SET, {"budget": 2.1, "cacheable": False, **OTHERS}, "delta", "2 passes per step"),
         (SET, {"budget": 1.5, **OTHERS}, "delta", "1.5 passes per step"),

@@ -194,3 +194,33 @@ def test_the_first_step_of_allora_is_eta_times_that_of_lora() -> None:
         (layer(x) - 1).square().mean().backward()
     expected = 2.0 * plain.held("a", "up").grad
     torch.testing.assert_close(paced.held("a", "up").grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_allora_needs_fewer_steps_than_lora_while_updates_are_small(seed: int) -> None:
+    """Plain gradient descent; PEFT's LoRA from the same start with the same rate."""
+    random = torch.Generator().manual_seed(seed)
+    change = torch.randn(12, 3, generator=random) @ torch.randn(3, 8, generator=random) * 0.06
+    x = torch.randn(200, 8, generator=random)
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=["layer"])
+    plain, paced = bench.Holder(bench.base("linear")), bench.adapt("allora", "linear")
+    bench.inject(plain, config, "a")
+    layer: Any = plain.layer
+    with torch.no_grad():
+        layer.lora_A["a"].weight.copy_(bench.layers(paced)[0].held("a", "down"))
+        wanted = layer.base_layer(x) + x @ change.T
+    losses = []
+    for model in (plain, paced):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, 0.1)
+        row = []
+        for _ in range(201):
+            loss = (model(x) - wanted).square().mean()
+            row.append(float(loss.detach()))
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+        losses.append(row)
+    assert losses[0][0] == pytest.approx(losses[1][0])
+    assert losses[0][200] < 0.6 * losses[0][0]
+    assert min(losses[1][:151]) <= losses[0][200]
