@@ -1,12 +1,14 @@
 """What compressing a denoiser costs: answers, size, and what its pictures still show.
 
 Every method is tried at several sizes, evenly and with the bytes spread over the layers, and again
-after healing. On the embedded model the probe says how much of what the prompts ask for is in the
-pictures; other models have no such judge.
+after healing. Factors are also made of a model that was steered towards low rank before (TRP), and
+cut from larger ones that were sorted by nested training (Maestro). On the embedded model the probe
+says how much of what the prompts ask for is in the pictures; other models have no such judge.
 
     python benchmarks/compression.py                       # writes benchmarks/compression.md
     python benchmarks/compression.py --quick               # two sizes, in about 20 minutes
     python benchmarks/compression.py --model path --prompts "a cat" --keep 0.7 --heal 2 --out x.md
+    python benchmarks/compression.py --methods svd rocket+knapsack svd+steer --out x.md
 """
 
 import argparse
@@ -22,28 +24,43 @@ from torch import nn
 
 from cmlora.adapters.calibration import grams
 from cmlora.adapters.compression import COMPRESSIONS, RULES
-from cmlora.adapters.compression.heal import Call, heal
+from cmlora.adapters.compression.heal import Call, blocks, heal
+from cmlora.adapters.compression.maestro import cut, nest
 from cmlora.adapters.compression.model import compress, model_bytes
+from cmlora.adapters.compression.trp import steer
 from cmlora.atomic import replacing
 from cmlora.emoji.weights import GUIDANCE
 from cmlora.errors import CmloraError
 from cmlora.pipelines.models import EMBEDDED, open_pipeline
 from cmlora.pipelines.questions import away, questions
 
-VARIANTS = (
-    ("svd", ""),
-    ("svd", "budget"),
-    ("svd", "welore"),
-    ("svd", "knapsack"),
-    ("lord", ""),
-    ("rocket", ""),
-    ("rocket", "knapsack"),
-    ("cospadi", ""),
-    ("mxfp4", ""),
+Variant = tuple[str, str, str]
+VARIANTS: tuple[Variant, ...] = (
+    ("svd", "", ""),
+    ("svd", "budget", ""),
+    ("svd", "welore", ""),
+    ("svd", "knapsack", ""),
+    ("trp", "", "steer"),
+    ("svd", "", "nest"),
+    ("lord", "", ""),
+    ("rocket", "", ""),
+    ("rocket", "knapsack", ""),
+    ("cospadi", "", ""),
+    ("mxfp4", "", ""),
 )
-"""Method, and how the bytes are spread over the layers."""
-FULL: dict[str, Any] = {"keep": [0.9, 0.8, 0.7, 0.6, 0.5], "heal": 200, "scenes": 64}
-QUICK: dict[str, Any] = {"keep": [0.8, 0.6], "heal": 40, "scenes": 16}
+"""Method, how the bytes are spread over the layers, and what is learnt beside healing."""
+LEARNT = ("steer", "nest")
+SETTINGS = ("model", "heal", "steer", "nest", "scenes")
+WIDEST = 0.95
+"""Share of the bytes of the factors that are sorted, and cut after that."""
+FULL: dict[str, Any] = {
+    "keep": [0.9, 0.8, 0.7, 0.6, 0.5],
+    "heal": 200,
+    "steer": 100,
+    "nest": 200,
+    "scenes": 64,
+}
+QUICK: dict[str, Any] = {"keep": [0.8, 0.6], "heal": 40, "steer": 10, "nest": 20, "scenes": 16}
 
 
 def prompts_of(given: Sequence[str], model: str) -> list[str]:
@@ -79,22 +96,28 @@ def row(
     asked: Sequence[Call],
     checked: Sequence[Call],
     options: argparse.Namespace,
-    variant: tuple[str, str],
+    variant: Variant,
     keep: float,
 ) -> list[dict[str, Any]]:
     """One method at one size: before and after healing."""
-    method, spread = variant
+    method, spread, learnt = variant
     model = copy.deepcopy(original)
+    if learnt == "steer":
+        steer(model, original, asked, options.steer)
     moments = grams(model, lambda: [call(model) for call in asked])
     rule: Any = spread if spread == "knapsack" else RULES[spread].object if spread else None
     try:
-        compress(model, COMPRESSIONS[method].object, keep, moments, rule=rule)
+        share = max(WIDEST, keep) if learnt == "nest" else keep
+        compress(model, COMPRESSIONS[method].object, share, moments, rule=rule)
+        if learnt == "nest":
+            nest(model, original, asked, options.nest)
+            cut(model, keep / share)
     except CmloraError as mistake:
         return [{**about(variant, keep, options), "healed": 0, "no": str(mistake)}]
     found = []
     for steps in (0, options.heal):
         if steps and method != "mxfp4":  # nothing in it can be trained
-            heal(model, original, asked, steps)
+            heal(model, original, asked, steps, features=blocks(model))
         elif steps:
             continue
         pipe.unet = model
@@ -111,34 +134,43 @@ def row(
     return found
 
 
-def about(variant: tuple[str, str], keep: float, options: argparse.Namespace) -> dict[str, Any]:
+def about(variant: Variant, keep: float, options: argparse.Namespace) -> dict[str, Any]:
     """What a row is about; rows with other settings are of other runs."""
-    method, spread = variant
-    settings = {"model": options.model, "heal": options.heal, "scenes": options.scenes}
-    return {"method": method, "spread": spread, "keep": keep, **settings}
+    named = dict(zip(("method", "spread", "learnt"), variant, strict=True))
+    return {**named, "keep": keep, **{key: getattr(options, key) for key in SETTINGS}}
+
+
+def parsed(word: str) -> Variant:
+    """A method with how it is spread or what is learnt, such as ``svd+welore`` or ``svd+steer``."""
+    method, *more = word.split("+")
+    spread = next((part for part in more if part not in LEARNT), "")
+    return method, spread, next((part for part in more if part in LEARNT), "")
 
 
 def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace, base: float | None) -> str:
     """Everything as Markdown."""
+    keys = ("method", "spread", "learnt", "keep")
     known = "" if base is None else f" The original shows {base:.1%} of what prompts ask for."
     lines = [
         "# Compression of a denoiser",
         "",
         f"`python benchmarks/compression.py --model {options.model}`; healing takes {options.heal} "
-        "steps. Away is the root mean square distance of the answers at other noise from the "
-        f"original's, relative to them; accuracy is over {options.scenes} scenes.{known} "
-        f"{len({(r['method'], r['spread'], r['keep']) for r in rows})} of {options.count} "
+        f"steps, steering {options.steer}, nesting {options.nest}. Away is the root mean square "
+        "distance of the answers at other noise from the original's, relative to them; accuracy is "
+        f"over {options.scenes} scenes.{known} "
+        f"{len({tuple(r[key] for key in keys) for r in rows})} of {options.count} "
         "combinations of method and size have been run.",
         "",
-        "| kept | method | spread | bytes | away | accuracy | away, healed | accuracy, healed |",
-        "|---:|---|---|---:|---:|---:|---:|---:|",
+        "| kept | method | spread | learnt | bytes | away | accuracy | away, healed "
+        "| accuracy, healed |",
+        "|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for own in (r for r in rows if not r["healed"]):
         name = f"| {own['keep']:.0%} | `{own['method']}` | {own['spread'] or 'evenly'} "
+        name += f"| {own['learnt'] or '-'} "
         if "no" in own:
             lines.append(f"{name}| - | {own['no']} | | | |")
             continue
-        keys = ("method", "spread", "keep")
         healed = [r for r in rows if r["healed"] and all(r[k] == own[k] for k in keys)]
         cells = [f"{own['share']:.1%}", *_numbers(own)]
         cells += _numbers(healed[0]) if healed else ["", ""]
@@ -158,8 +190,12 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="*", default=[])
     parser.add_argument("--quick", action="store_true", help="little of it, in about 20 minutes")
     parser.add_argument("--keep", nargs="+", type=float)
-    parser.add_argument("--methods", nargs="+", default=[], help="such as svd or rocket+knapsack")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], help="such as rocket+knapsack, svd+steer"
+    )
     parser.add_argument("--heal", type=int)
+    parser.add_argument("--steer", type=int, help="steps before factoring")
+    parser.add_argument("--nest", type=int, help="steps that sort the factors")
     parser.add_argument("--scenes", type=int)
     parser.add_argument("--steps", type=int, default=4, help="denoising steps per prompt")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
@@ -167,7 +203,7 @@ def main() -> None:
     for name, value in (QUICK if options.quick else FULL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    wanted = [tuple((word + "+").split("+")[:2]) for word in options.methods] or list(VARIANTS)
+    wanted = [parsed(word) for word in options.methods] or list(VARIANTS)
     options.count = len(wanted) * len(options.keep)
     pipe = open_pipeline(options.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -181,15 +217,15 @@ def main() -> None:
     rows = json.loads(store.read_text()) if store.exists() else []
     base = accuracy(pipe, options.model, options.scenes)
     for keep in options.keep:
-        for method, spread in wanted:
-            own = about((method, spread), keep, options)
+        for variant in wanted:
+            own = about(variant, keep, options)
             if any(own.items() <= r.items() for r in rows):
                 continue
-            new = row(pipe, original, asked, checked, options, (method, spread), keep)
+            new = row(pipe, original, asked, checked, options, variant, keep)
             rows += new
             for found in new:
                 print(json.dumps(found), flush=True)
-            same = [r for r in rows if all(r.get(k) == own[k] for k in ("model", "heal", "scenes"))]
+            same = [r for r in rows if all(r.get(k) == own[k] for k in SETTINGS)]
             shown = page([r for r in same if r["keep"] in options.keep], options, base)
             for path, text in ((store, json.dumps(rows)), (options.out, shown)):
                 with replacing(path) as file:

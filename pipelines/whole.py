@@ -84,7 +84,7 @@ def align(
     """
     denoiser, twin = _denoiser(one), _denoiser(other)
     first, second = dict(denoiser.state_dict()), dict(twin.state_dict())
-    check_states(first, second)
+    check_states(first, second, _names(one, other, next(n for n in parts(one) if n in DENOISERS)))
     if not prompts:
         raise CmloraError("say what the models are asked: give a prompt")
     questions = []
@@ -151,7 +151,8 @@ def merge_pipelines(
     if models.keys() != twins.keys():
         raise CmloraError("these models are of different kinds: they have different parts")
     for name in models:
-        check_states(models[name].state_dict(), twins[name].state_dict())
+        states = models[name].state_dict(), twins[name].state_dict()
+        check_states(*states, _names(one, other, name))
     gathered: dict[str, list[Call]] = {name: [] for name in models}
     for pipe, own in ((one, models), (other, twins)) if prompts else ():
         with ExitStack() as stack:
@@ -222,6 +223,12 @@ def _draw(pipe: Any, prompts: Sequence[str], steps: int, seed: int) -> None:
                 generator=torch.Generator("cpu").manual_seed(seed),
                 output_type="latent",
             )
+
+
+def _names(one: Any, other: Any, part: str) -> tuple[str, str]:
+    """What a part of two pipelines is called in an error."""
+    given = getattr(one, "name_or_path", None), getattr(other, "name_or_path", None)
+    return f"{given[0] or 'the first model'}/{part}", f"{given[1] or 'the second model'}/{part}"
 
 
 def _denoiser(pipe: Any) -> nn.Module:

@@ -13,6 +13,7 @@ from cmlora.adapters.compression.mxfp4 import mxfp4
 from cmlora.adapters.compression.rocket import rocket
 from cmlora.adapters.compression.rule import Rule
 from cmlora.adapters.compression.svd import svd
+from cmlora.adapters.compression.trp import trp
 from cmlora.adapters.compression.welore import welore
 from cmlora.registry import Entry, Registry
 
@@ -31,5 +32,8 @@ COMPRESSIONS: Registry[Method] = Registry(
     Entry("lord", lord, "the same from the outputs, cheaper for convolutions", "arXiv:2309.14021"),
     Entry("rocket", rocket, "a dictionary and few codes per output", "arXiv:2602.11008"),
     Entry("cospadi", cospadi, "the dictionary learnt by K-SVD, slow", "arXiv:2509.22075"),
+    Entry(
+        "trp", trp, "the singular values that pruning left, within the share", "arXiv:1812.02402"
+    ),
     Entry("mxfp4", mxfp4, "4-bit values with a scale per 32", "arXiv:2505.14669"),
 )

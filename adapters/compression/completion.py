@@ -8,6 +8,8 @@ from torch import Tensor
 from cmlora.errors import CmloraError
 
 _RIDGE = 1e-10
+_DEPTH = 5
+"""Sweeps that the next one is extrapolated from."""
 
 
 def complete(
@@ -16,7 +18,9 @@ def complete(
     """``argmin |P(U V^T - M)|^2`` over factors of a rank, P keeping the known entries.
 
     From the first singular vectors of ``P(M) / p`` both factors are solved for in turn, a small
-    regression per row, and U is made orthonormal before each (arXiv:2302.11068).
+    regression per row, and U is made orthonormal before each (arXiv:2302.11068). Each sweep starts
+    from what the last few would lead to if they went on as they did (Anderson acceleration, over
+    spaces instead of bases); one that is worse than the best so far starts this anew.
 
     Args:
         matrix: (O, I); what is not known does not matter.
@@ -37,13 +41,41 @@ def complete(
     if not bool(known.any()):
         raise CmloraError("no entry is known")
     values = torch.where(known, matrix.double(), 0.0)
-    u = torch.linalg.svd(values / mask.mean(), full_matrices=False)[0][:, :rank]
-    v = torch.zeros(matrix.shape[1], rank, dtype=torch.double)
+    start = torch.linalg.svd(values / mask.mean(), full_matrices=False)[0][:, :rank]
+    least, best = float("inf"), (start, torch.zeros(matrix.shape[1], rank, dtype=torch.double))
+    before: list[Tensor] = []
+    after: list[Tensor] = []
     for _ in range(sweeps):
-        u = torch.linalg.qr(u)[0]
-        v = _solve(u, values.T, mask.T, ridge)
+        start = torch.linalg.qr(start)[0]
+        v = _solve(start, values.T, mask.T, ridge)
         u = _solve(v, values, mask, ridge)
-    return u, v
+        lost = float(((u @ v.T - values) * mask).square().sum())
+        if lost < least:
+            least, best = lost, (u, v)
+        else:
+            before, after = [], []
+        before = [*(_beside(start, x) for x in before), start][-_DEPTH:]
+        after = [_beside(start, x) for x in [*after, torch.linalg.qr(u)[0]]][-_DEPTH:]
+        start = _extrapolated(before, after)
+    return best
+
+
+def _beside(basis: Tensor, other: Tensor) -> Tensor:
+    """The basis of the other's space that differs from the first basis across it only."""
+    inner = basis.T @ other
+    # Spaces that are nearly orthogonal have no such basis: any will do, as nothing is near yet.
+    found: Tensor = other @ torch.linalg.pinv(inner, rtol=1e-6)
+    return found
+
+
+def _extrapolated(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    """Where spaces that went from ``before`` to ``after`` would stand still, to first order."""
+    moves = torch.stack([(y - x).flatten() for x, y in zip(before, after, strict=True)], 1)
+    if moves.shape[1] == 1:
+        return after[-1]
+    shares = torch.linalg.pinv(moves.diff(dim=1), rtol=1e-10) @ moves[:, -1]
+    found: Tensor = after[-1] - torch.stack(after, -1).diff(dim=-1) @ shares
+    return found if bool(found.isfinite().all()) else after[-1]
 
 
 def _solve(basis: Tensor, values: Tensor, mask: Tensor, ridge: float) -> Tensor:

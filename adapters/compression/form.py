@@ -45,6 +45,12 @@ def dense(form: Form) -> Tensor:
     return result
 
 
+def in_precision(form: Form, dtype: torch.dtype) -> Form:
+    """The form with its floating-point tensors in another precision."""
+    tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in form.tensors().items()}
+    return KINDS[form.kind](**tensors)
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
     """``up @ down``: (O, k) and (k, I)."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cmlora.adapters.compression.layers import CompactConv2d, CompactLinear
+from cmlora.adapters.compression.form import dense
+from cmlora.adapters.compression.layers import CompactConv2d, CompactLinear, matrix_of
 from cmlora.errors import CmloraError
 
 Call = Callable[[nn.Module], Tensor]
@@ -25,12 +26,15 @@ def heal(
     rate: float = 1e-3,
     features: Sequence[str] = (),
     weight: float = 1.0,
+    excess: float = 0.0,
+    slack: float = 1e-3,
 ) -> tuple[float, ...]:
     """Distil the original into the factors of the compact layers, after PELA (arXiv:2310.10700).
 
     The loss of a call is the mean squared difference of the outputs plus ``weight`` times its mean
-    over the outputs of the modules in ``features``, each relative to the original's mean square.
-    Only the tensors of compact layers change.
+    over the outputs of the modules in ``features``, each relative to the original's mean square,
+    plus ``excess`` times the mean over the layers of ``(max |W' - W| - slack)^2``, for the compact
+    matrix W' and the original's W. Only the tensors of compact layers change.
 
     Args:
         model: compressed; changed in place.
@@ -38,8 +42,11 @@ def heal(
         calls: taken in turn.
         steps: of Adam, with the rate falling to zero along a cosine.
         rate: where it starts.
-        features: names of modules that both models have, for example the blocks of a UNet.
+        features: names of modules that both models have, for example what `blocks` finds.
         weight: of the features.
+        excess: weight of the largest change of an entry in each layer; the matrices are formed at
+            every step then.
+        slack: how much an entry may change.
 
     Returns:
         The loss before each step.
@@ -47,8 +54,11 @@ def heal(
     Raises:
         CmloraError: if there is no call or nothing to train.
     """
-    layers = [m for m in model.modules() if isinstance(m, CompactLinear | CompactConv2d)]
-    trained = [p for m in layers for n, p in m.named_parameters() if n.startswith("form_")]
+    every = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, CompactLinear | CompactConv2d)
+    ]
+    layers = {n: m for n, m in every if _factors(m)}
+    trained = [parameter for layer in layers.values() for parameter in _factors(layer)]
     if not calls or not trained:
         raise CmloraError("healing needs calls of the model, and compact layers to train")
     frozen = [p for p in model.parameters() if p.requires_grad]
@@ -70,6 +80,12 @@ def heal(
             loss = parts[-1]
             if len(parts) > 1:
                 loss = loss + weight * torch.stack(parts[:-1]).mean()
+            if excess:
+                over = [
+                    (matrix_of(original.get_submodule(name)) - dense(layer.form())).abs().max()
+                    for name, layer in layers.items()
+                ]
+                loss = loss + excess * (torch.stack(over) - slack).square().mean()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -81,6 +97,22 @@ def heal(
         for parameter in frozen:
             parameter.requires_grad_(True)
     return tuple(losses)
+
+
+def blocks(model: nn.Module) -> tuple[str, ...]:
+    """The names of a denoiser's blocks: members of its own lists of them, and one in the middle."""
+    found = []
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList) and "blocks" in name:
+            found += [f"{name}.{index}" for index in range(len(child))]
+        elif name == "mid_block":
+            found.append(name)
+    return tuple(found)
+
+
+def _factors(layer: nn.Module) -> list[nn.Parameter]:
+    """What can be trained of a compact layer."""
+    return [parameter for name, parameter in layer.named_parameters() if name.startswith("form_")]
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from cmlora.adapters.compression.form import Form, Method, dense, nbytes
+from cmlora.adapters.compression.form import Form, Method, dense, in_precision, nbytes
 from cmlora.errors import CmloraError
 
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -110,7 +111,8 @@ def forms(
                 form = method(matrix, share, grams.get(name), **extra)
                 if form is None or nbytes(form) >= size:
                     continue
-                loss = float(error(matrix, dense(form), grams.get(name))) ** 2
+                exact = dense(in_precision(form, torch.promote_types(matrix.dtype, torch.float32)))
+                loss = float(error(matrix, exact, grams.get(name))) ** 2
                 choices[name].append(Choice(nbytes(form), loss))
                 made[name].append(form)
     total = sum(matrix.numel() * matrix.element_size() for matrix in matrices.values())

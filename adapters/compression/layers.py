@@ -46,6 +46,11 @@ class _Compact(nn.Module):
         return stages
 
 
+def _ours(arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Whether a compact layer is asked for, by its constructor or a copy, not a plain one."""
+    return isinstance(arguments[0], nn.Module) if arguments else not options
+
+
 class CompactLinear(_Compact, nn.Linear):
     """A linear layer in a compact form.
 
@@ -56,7 +61,7 @@ class CompactLinear(_Compact, nn.Linear):
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         """The layer, or an ordinary one: PEFT makes its factors by calling the layer's type."""
-        ours = arguments and isinstance(arguments[0], nn.Module)
+        ours = _ours(arguments, options)
         return super().__new__(cls) if ours else nn.Linear(*arguments, **options)
 
     def __init__(self, layer: nn.Linear, form: Form) -> None:
@@ -87,7 +92,7 @@ class CompactConv2d(_Compact, nn.Conv2d):
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
         """The layer, or an ordinary one: PEFT makes its factors by calling the layer's type."""
-        ours = arguments and isinstance(arguments[0], nn.Module)
+        ours = _ours(arguments, options)
         return super().__new__(cls) if ours else nn.Conv2d(*arguments, **options)
 
     def __init__(self, layer: nn.Conv2d, form: Form) -> None:

@@ -42,13 +42,30 @@ def cut(model: nn.Module, share: float) -> dict[str, int]:
         raise CmloraError(f"a share of the rank is above 0 and up to 1, not {share:g}")
     if not layers:
         raise CmloraError("the model has no factored layers")
+    ranks = {n: max(1, round(share * len(_field(m, "down")))) for n, m in layers.items()}
+    _shorten(model, ranks)
+    return ranks
+
+
+def drop(model: nn.Module, least: float = 1e-5) -> dict[str, int]:
+    """Leave out the factors that the group lasso of `nest` has emptied, in place.
+
+    Args:
+        model: with factored layers; others stay as they are.
+        least: factors from the first b on with ``|U[:, b:]| |V[b:]|`` below this go; one is always
+            left.
+
+    Returns:
+        The ranks left, by module name, of the layers that lost some.
+    """
     ranks = {}
-    for name, layer in layers.items():
-        form = layer.form()
-        assert isinstance(form, Factors)
-        ranks[name] = max(1, round(share * len(form.down)))
-        small = Factors(form.up.detach()[:, : ranks[name]], form.down.detach()[: ranks[name]])
-        put(model, name, wrap(layer, small))
+    for name, layer in factored(model).items():
+        sizes = [_field(layer, "up").T, _field(layer, "down")]
+        tails = [t.detach().double().square().sum(1).flip(0).cumsum(0).flip(0) for t in sizes]
+        rank = max(1, int((tails[0] * tails[1] >= least**2).sum()))
+        if rank < len(tails[0]):
+            ranks[name] = rank
+    _shorten(model, ranks)
     return ranks
 
 
@@ -73,7 +90,7 @@ def nest(
         steps: of Adam.
         rate: of Adam.
         group: weight of the hierarchical group lasso ``sum_b |U[:, b:]| + |V[b:]|``, which empties
-            factors from the last one on.
+            factors from the last one on; see `drop`.
         seed: of layers and widths.
 
     Returns:
@@ -113,6 +130,14 @@ def nest(
         for parameter in trained:
             parameter.requires_grad_(False)
     return tuple(losses)
+
+
+def _shorten(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Leaves layers the first of their factors."""
+    for name, rank in ranks.items():
+        layer = model.get_submodule(name)
+        up, down = (_field(layer, side).detach() for side in ("up", "down"))
+        put(model, name, wrap(layer, Factors(up[:, :rank], down[:rank])))
 
 
 class _narrowed:

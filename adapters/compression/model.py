@@ -20,6 +20,7 @@ from cmlora.adapters.compression.form import (
     check_keep,
     dense,
     from_tensors,
+    in_precision,
     nbytes,
     root,
 )
@@ -32,6 +33,7 @@ from cmlora.adapters.compression.layers import (
     wrap,
 )
 from cmlora.adapters.compression.rule import Cost, Rule
+from cmlora.adapters.finite import check_finite
 from cmlora.errors import CmloraError
 
 _HEADER = "cmlora.compact"
@@ -41,8 +43,8 @@ class Saved(NamedTuple):
     """What happened to one layer.
 
     Args:
-        before: bytes of its matrix.
-        after: bytes of what is stored now, indices included.
+        before: bytes of its matrix, in the precision it is to be stored in.
+        after: bytes of what is stored instead, indices included.
         error: of its outputs on the calibration inputs, relative; of the matrix without them.
     """
 
@@ -75,6 +77,7 @@ def compress(
     grams: Mapping[str, Tensor] | None = None,
     least: int = 16,
     rule: Rule | Literal["knapsack"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Compressed:
     """Put every linear layer and convolution of a model into a compact form, in place.
 
@@ -88,11 +91,16 @@ def compress(
         rule: spreads the share over the layers by their spectra, ``welore`` or ``budget`` of
             `cmlora.adapters.compression.RULES`; or ``knapsack``, which tries several shares of
             every layer with the method itself and takes the best that fit. Evenly if not given.
+        dtype: that the model will be stored in: masks and scales stay as large as they are when
+            numbers become half as large. Its own if not given; the layers keep theirs.
 
     Raises:
-        CmloraError: if the share is not above 0 and at most 1, or no layer becomes smaller.
+        CmloraError: if the share is not above 0 and at most 1, no layer becomes smaller, or the
+            model or what is known of its inputs holds NaN or infinity.
     """
     check_keep(keep)
+    check_finite(model.state_dict(), type(model).__name__)
+    check_finite(grams or {}, "the moments of the inputs")
     before, kept, layers = model_bytes(model), [], {}
     moments = grams or {}
     large = {
@@ -103,25 +111,26 @@ def compress(
     chosen: dict[str, Form | None] = {}
     shares: dict[str, float] = {}
     if isinstance(rule, str):
-        matrices = {name: matrix_of(layer) for name, layer in large.items()}
+        matrices = {name: _stored(layer, dtype) for name, layer in large.items()}
         chosen = forms(matrices, method, keep, moments, relative_error)
     elif rule is None:
         shares = dict.fromkeys(large, keep)
     else:
         shares = spread(large, rule, keep, moments)
     for name, layer in [pair for pair in model.named_modules() if fits(pair[1])]:
-        matrix = matrix_of(layer)
+        matrix, stored = matrix_of(layer), _stored(layer, dtype)
         gram = moments.get(name)
         form = chosen.get(name)
         if shares.get(name, 1.0) < 1:
-            form = method(matrix, shares[name], gram)
-        size = matrix.numel() * matrix.element_size()
+            form = method(stored, shares[name], gram)
+        size = stored.numel() * stored.element_size()
         if form is None or nbytes(form) >= size:
             kept.append(name)
             continue
-        error = relative_error(matrix, dense(form), gram)
+        live = in_precision(form, matrix.dtype)
+        error = relative_error(matrix, dense(live), gram)
         layers[name] = Saved(size, nbytes(form), error)
-        put(model, name, wrap(layer, form))
+        put(model, name, wrap(layer, live))
     if not layers:
         raise CmloraError(f"no layer of {type(model).__name__} becomes smaller at {keep:g}")
     return Compressed(layers, tuple(kept), before, model_bytes(model))
@@ -141,6 +150,10 @@ def spread(
         costs[name] = Cost(outputs + inputs, outputs * inputs)
     ranks = {name: len(values) for name, values in rule(spectra, costs, keep).items()}
     return {name: costs[name].of(rank) / costs[name].whole for name, rank in ranks.items()}
+
+
+def _stored(layer: nn.Module, dtype: torch.dtype | None) -> Tensor:
+    return matrix_of(layer) if dtype is None else matrix_of(layer).to(dtype)
 
 
 def relative_error(matrix: Tensor, other: Tensor, gram: Tensor | None = None) -> float:

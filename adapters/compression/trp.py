@@ -1,7 +1,8 @@
 """Trained rank pruning: a model that is kept near low rank while it trains, and factors for free.
 
 After arXiv:1812.02402. Call `prune` every few steps between the backward pass and the optimizer's
-step; when the training is over, `svd` at the rank that is left loses next to nothing.
+step; when the training is over, the method `trp` keeps the rank that is left and loses next to
+nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +13,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cmlora.adapters.compression.energy import least
+from cmlora.adapters.compression.energy import least as least_rank
+from cmlora.adapters.compression.form import Factors, check_keep
 from cmlora.adapters.compression.heal import Call
-from cmlora.adapters.compression.layers import fits, matrix_of
+from cmlora.adapters.compression.layers import fits
+from cmlora.adapters.compression.svd import svd
 from cmlora.errors import CmloraError
 
+SHAPES = ("nc", "vh", "nd")
 
-def prune(model: nn.Module, energy: float = 0.9, weight: float = 3e-4) -> dict[str, int]:
+
+def trp(
+    matrix: Tensor, keep: float, gram: Tensor | None = None, least: float = 5e-2
+) -> Factors | None:
+    """What pruning leaves: as many factors as there are singular values of ``least`` or more.
+
+    Args:
+        matrix: W (O, I).
+        keep: share of the bytes, which the rank never exceeds.
+        gram: see `cmlora.adapters.compression.form.root`; the factors are those of `svd` with it.
+        least: of a singular value of W that counts.
+    """
+    check_keep(keep)
+    outputs, inputs = matrix.shape
+    rank = int((torch.linalg.svdvals(matrix.double()) >= least).sum())
+    # Half a rank more than is meant, so that rounding takes none away.
+    share = (max(rank, 1) + 0.5) * (outputs + inputs) / (outputs * inputs)
+    return svd(matrix, min(keep, share), gram)
+
+
+def prune(
+    model: nn.Module, energy: float = 0.9, weight: float = 3e-4, shape: str = "nc"
+) -> dict[str, int]:
     """Cut every layer to the rank that holds the energy, and pull the rest of it down.
 
     Each matrix W = U S V^T becomes its first k terms, and ``weight * U_k V_k^T``, a subgradient of
@@ -29,13 +55,17 @@ def prune(model: nn.Module, energy: float = 0.9, weight: float = 3e-4) -> dict[s
         model: in training; changed in place.
         energy: share of each matrix's squared norm that is kept.
         weight: of the nuclear norm in the loss.
+        shape: how a kernel is read as a matrix: "nc" (O, I kh kw), which all compact forms are of;
+            "vh" (I kh, O kw), for one direction after the other; "nd" (I, kh kw) for each output.
 
     Returns:
-        The ranks left, by module name.
+        The ranks left, by module name; for "nd" the largest.
 
     Raises:
-        CmloraError: if the share of energy is not above 0 and at most 1.
+        CmloraError: if the share of energy is not above 0 and at most 1, or the shape is unknown.
     """
+    if shape not in SHAPES:
+        raise CmloraError(f"pruning reads kernels as {', '.join(SHAPES)}, not {shape!r}")
     if not 0 < energy <= 1:
         raise CmloraError(f"pruning keeps a share of energy above 0 and up to 1, not {energy:g}")
     ranks = {}
@@ -45,19 +75,38 @@ def prune(model: nn.Module, energy: float = 0.9, weight: float = 3e-4) -> dict[s
             continue
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
             continue
-        low, direction, ranks[name] = pruned(matrix_of(layer), energy)
+        low, direction, ranks[name] = pruned(_seen(parameter.detach(), shape), energy)
         with torch.no_grad():
-            parameter.copy_(low.reshape(parameter.shape))
-            parameter.grad.add_(direction.reshape(parameter.shape).to(parameter), alpha=weight)
+            parameter.copy_(_back(low, parameter.shape, shape))
+            slope = _back(direction, parameter.shape, shape).to(parameter)
+            parameter.grad.add_(slope, alpha=weight)
     return ranks
 
 
+def _seen(weight: Tensor, shape: str) -> Tensor:
+    """A layer's weight as the matrix, or matrices, that are pruned."""
+    if weight.ndim == 2 or shape == "nc":
+        return weight.flatten(1)
+    if shape == "nd":
+        return weight.flatten(2)
+    return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+
+
+def _back(matrix: Tensor, size: torch.Size, shape: str) -> Tensor:
+    """The weight of a size that `_seen` made this of."""
+    if len(size) == 2 or shape != "vh":
+        return matrix.reshape(size)
+    outputs, inputs, height, width = size
+    return matrix.reshape(inputs, height, outputs, width).permute(2, 0, 1, 3)
+
+
 def pruned(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor, int]:
-    """The first k terms of (O, I), the slope of their nuclear norm ``U_k V_k^T``, and k."""
+    """The first k terms of (..., O, I), the slope of their nuclear norm ``U_k V_k^T``, and k."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    rank = least(s, energy)
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    return (u * s) @ vh, u @ vh, rank
+    ranks = torch.tensor([least_rank(row, energy) for row in s.reshape(-1, s.shape[-1])])
+    kept = torch.arange(s.shape[-1]) < ranks.reshape(*s.shape[:-1], 1)
+    u = u * kept.to(u)[..., None, :]
+    return (u * s[..., None, :]) @ vh, u @ vh, int(ranks.max())
 
 
 def steer(
@@ -69,6 +118,7 @@ def steer(
     energy: float = 0.95,
     weight: float = 3e-4,
     every: int = 5,
+    shape: str = "nc",
 ) -> tuple[float, ...]:
     """Distil a model into a copy of itself that is kept near low rank, before it is factored.
 
@@ -81,6 +131,7 @@ def steer(
         energy: see `prune`.
         weight: see `prune`.
         every: steps between two prunings.
+        shape: see `prune`.
 
     Returns:
         The relative error before each step.
@@ -110,8 +161,8 @@ def steer(
             losses.append(float(loss.detach()))
             optimizer.zero_grad()
             torch.autograd.backward(loss)
-            if step % every == every - 1:
-                prune(model, energy, weight)
+            if step % every == every - 1 or step == steps - 1:
+                prune(model, energy, weight, shape)
             optimizer.step()
             schedule.step()
     finally:

@@ -10,24 +10,32 @@ from cmlora.cli import options
 from cmlora.cli.console import emit, out, status
 from cmlora.cli.denoiser import Training, denoiser
 from cmlora.cli.pictures import draw_compression, drawable
+from cmlora.cli.whole import is_model
 from cmlora.errors import CmloraError
+
+COMPLETE = "complete"
+"""A method of its own: it fills updates instead of shrinking spectra."""
 
 
 def compress(
     what: Annotated[
-        str, typer.Argument(help="A LoRA file, an embedded LoRA's id, or a diffusers folder.")
+        str,
+        typer.Argument(help="A LoRA file or an embedded LoRA's id; a diffusers folder or emoji."),
     ],
     out_file: Annotated[Path, typer.Option("--out", help="The smaller .safetensors file.")],
     method: Annotated[
         str,
         typer.Option(
-            help="LoRA: energy, budget, fixed, welore, clip. Denoiser: svd, lord, rocket, cospadi, "
-            "mxfp4. If empty: energy, or svd."
+            help="LoRA: energy, budget, fixed, welore, clip, or complete, which takes entries of "
+            "zero for unknown. Denoiser: svd, lord, rocket, cospadi, trp, mxfp4. If empty: energy, "
+            "or svd."
         ),
     ] = "",
     keep: Annotated[
         float | None,
-        typer.Option(help="Share that is kept; a rank for fixed, a multiple for clip."),
+        typer.Option(
+            help="Share that is kept; a rank for fixed and complete, a multiple for clip."
+        ),
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store a LoRA in half precision.")] = False,
     prompt: Annotated[
@@ -50,6 +58,12 @@ def compress(
     nest: Annotated[
         int, typer.Option(help="Steps that sort the factors, for --cut and for cutting later.")
     ] = 0,
+    lasso: Annotated[
+        float, typer.Option(help="What empties the last factors in --nest, such as 1e-4.")
+    ] = 0.0,
+    excess: Annotated[
+        float, typer.Option(help="What limits the largest change of an entry in --heal.")
+    ] = 0.0,
     cut: Annotated[
         float, typer.Option(help="Share of the factors' rank that is left in the end.")
     ] = 1.0,
@@ -65,7 +79,9 @@ def compress(
 
     Example: [bold]cmlora compress ink.safetensors --keep 0.95 --out small.safetensors[/bold]
     """
-    source, model = Path(what).expanduser(), (Path(what).expanduser() / "model_index.json")
+    from cmlora.pipelines.models import EMBEDDED, locate
+
+    source = Path(locate(what) if what == EMBEDDED else what).expanduser()
     if out_file.suffix != ".safetensors":
         raise CmloraError(f"--out {out_file} should end in .safetensors")
     if out_file.exists() and source.is_file() and out_file.samefile(source):
@@ -75,7 +91,7 @@ def compress(
     if not out_file.absolute().parent.is_dir():
         raise CmloraError(f"cannot write {out_file}: there is no such folder")
     drawable(plot, force)
-    if model.is_file():
+    if is_model(str(source)):
         if half:
             raise CmloraError("--half is for LoRA files")
         result = denoiser(
@@ -86,13 +102,14 @@ def compress(
             prompts=prompt or (),
             calib=calib,
             spread=spread,
-            training=Training(prune, heal, nest, cut),
+            training=Training(prune, heal, nest, lasso, excess, cut),
         )
     else:
-        if prompt or spread or calib or prune or heal or nest or cut != 1:
+        learning = prune or heal or nest or lasso or excess or cut != 1
+        if prompt or spread or calib or learning:
             raise CmloraError(
-                "--prompt, --calib, --spread, --prune, --heal, --nest and --cut are for a model's "
-                "folder"
+                "--prompt, --calib, --spread, --prune, --heal, --excess, --nest, --lasso and --cut "
+                "are for a model's folder"
             )
         result = _lora(what, lora_dir, out_file, method or "energy", keep, half)
     draw_compression(plot, f"{what} to {out_file.name}", result)
@@ -119,18 +136,27 @@ def _lora(
     import torch
 
     from cmlora.adapters.compression import RULES
+    from cmlora.adapters.compression.fill import fill_all
     from cmlora.adapters.compression.resize import resize
     from cmlora.files import read, write
     from cmlora.pipelines.library import find
     from cmlora.pipelines.models import EMBEDDED
 
-    rule = RULES[method].object
+    rule = None if method == COMPLETE else RULES[method].object
+    if rule is None and keep is not None and not (keep >= 1 and keep % 1 == 0):
+        raise CmloraError(f"complete keeps a rank of 1 or more, not {keep:g}")
+    if rule is None and half:
+        raise CmloraError("--half is for the rules; compress what complete writes once more")
     path = find(name, model=EMBEDDED, folder=folder)
     if target.exists() and target.samefile(path):
         raise CmloraError(f"--out {target} is the LoRA itself; name another file")
     before = path.stat().st_size
     with status("compressing"):
-        resized = resize(read(path), rule, keep, torch.half if half else None)
+        dtype = torch.half if half else None
+        if rule is None:
+            resized = fill_all(read(path), None if keep is None else int(keep))
+        else:
+            resized = resize(read(path), rule, keep, dtype)
         write(resized.lora, target)
     ranks = [change.after for change in resized.changes.values()]
     return {

@@ -22,12 +22,16 @@ class Training:
         prune: towards low rank, before.
         heal: of the smaller model towards the original.
         nest: of the factors' order.
+        lasso: what empties the last factors while they are sorted; emptied ones are dropped.
+        excess: what holds the largest change of an entry down while the model is healed.
         cut: share of the rank that is left in the end.
     """
 
     prune: int = 0
     heal: int = 0
     nest: int = 0
+    lasso: float = 0.0
+    excess: float = 0.0
     cut: float = 1.0
 
     @property
@@ -54,10 +58,11 @@ def denoiser(
 
     from cmlora.adapters.calibration import BASE, grams, load
     from cmlora.adapters.compression import COMPRESSIONS, RULES
-    from cmlora.adapters.compression.heal import Call, heal
-    from cmlora.adapters.compression.maestro import cut, nest
+    from cmlora.adapters.compression.heal import Call, blocks, heal
+    from cmlora.adapters.compression.maestro import cut, drop, nest
     from cmlora.adapters.compression.model import compress, model_bytes, save
     from cmlora.adapters.compression.trp import steer
+    from cmlora.adapters.finite import check_finite
     from cmlora.pipelines.models import open_pipeline
     from cmlora.pipelines.questions import away, questions
     from cmlora.pipelines.whole import stored_dtype
@@ -69,6 +74,12 @@ def denoiser(
         raise CmloraError("--prune, --heal and --nest count steps, 0 or more")
     if training.any and not prompts:
         raise CmloraError("learning needs something to draw: give a --prompt")
+    if min(training.lasso, training.excess) < 0:
+        raise CmloraError("--lasso and --excess are weights in a loss, 0 or more")
+    if training.lasso and not training.nest:
+        raise CmloraError("--lasso is for --nest")
+    if training.excess and not training.heal:
+        raise CmloraError("--excess is for --heal")
     if not 0 < training.cut <= 1:
         raise CmloraError(f"--cut {training.cut:g}: a share of the rank is above 0 and up to 1")
     if calib is not None and prompts and not training.any:
@@ -81,6 +92,8 @@ def denoiser(
     pipe.set_progress_bar_config(disable=True)
     component = "unet" if getattr(pipe, "unet", None) is not None else "transformer"
     model = getattr(pipe, component)
+    dtype = stored_dtype(folder, component)
+    check_finite(model.state_dict(), folder / component)
     asked: list[Call] = []
     checked: list[Call] = []
     if prompts:
@@ -102,22 +115,25 @@ def denoiser(
         if prompts and known is None:
             moments = grams(model, lambda: [call(model) for call in asked])
     with status("compressing"):
-        done = compress(model, shrinking, keep, moments, rule=rule)
+        done = compress(model, shrinking, keep, moments, rule=rule, dtype=dtype)
         check("compressed")
     if training.nest:
         with status("sorting factors"):
-            nest(model, original, asked, training.nest)
+            nest(model, original, asked, training.nest, group=training.lasso)
+            if training.lasso:
+                drop(model)
         check("nested")
     if training.cut < 1:
         cut(model, training.cut)
         check("cut")
     if training.heal:
         with status("healing"):
-            heal(model, original, asked, training.heal)
+            seen, limit = blocks(model), training.excess
+            heal(model, original, asked, training.heal, features=seen, excess=limit)
         check("healed")
-    dtype = stored_dtype(folder, component)
     if dtype != torch.float32:
         model.to(dtype)
+        check_finite(model.state_dict(), f"the result in {str(dtype).removeprefix('torch.')}")
     save(model, target)
     before, sizes = model_bytes(original.to(dtype)), _sizes(model, dtype.itemsize)
     err.print(f"use it with cmlora.adapters.compression.model.load(denoiser, {str(target)!r})")

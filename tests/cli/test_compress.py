@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cmlora.adapters.compression.model import load, model_bytes
@@ -38,6 +40,11 @@ def test_a_smaller_file(lora_folder: Path, tmp_path: Path) -> None:
         (["--method", "enrgy"], "did you mean energy"),
         (["--keep", "1.5"], "up to 1"),
         (["--keep", "nan"], "finite"),
+        (["--method", "fixed", "--keep", "3"], "rank 3 is not possible; this LoRA allows 1 to 2"),
+        (["--method", "complete"], "no updates with entries of zero"),
+        (["--method", "complete", "--keep", "inf"], "a rank of 1 or more, not inf"),
+        (["--method", "complete", "--half"], "once more"),
+        (["--lasso", "0.1"], "for a model's folder"),
         (["--out", "small.bin"], ".safetensors"),
         (["--plot", "small.pdf"], ".png or .svg"),
         (["--plot", "/nowhere/small.svg"], "does not exist"),
@@ -81,19 +88,71 @@ def test_a_smaller_denoiser(model_folder: Path, tmp_path: Path) -> None:
     assert model_bytes(denoiser) == report["bytes_after"]
 
 
+@pytest.mark.parametrize("keep", ["0.6", "0.99"])
+def test_a_denoiser_in_half_precision_keeps_its_share(keep: str, tmp_path: Path) -> None:
+    folder, small = tmp_path / "half", tmp_path / "small.safetensors"
+    pipe = tiny.sd15()
+    pipe.to(torch.float16)
+    pipe.save_pretrained(folder)
+    arguments = ["compress", str(folder), "--method", "rocket", "--keep", keep]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(small), "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["modules"].values()
+    assert rows
+    assert all(row["after"] < row["before"] for row in rows)
+    assert all(row["after"] <= float(keep) * row["before"] for row in rows)
+    denoiser = tiny.sd15().unet
+    load(denoiser, small)
+    assert denoiser.dtype == torch.float16
+    assert model_bytes(denoiser) == sum(t.nbytes for t in load_file(small).values())
+
+
 def test_a_denoiser_is_trained_around_its_compression(model_folder: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.safetensors"
     arguments = ["compress", str(model_folder), "--keep", "0.6", "--out", str(small), "--json"]
-    steps = ["--prune", "2", "--nest", "2", "--cut", "0.8", "--heal", "12", "--prompt", "a cat"]
+    steps = ["--prune", "2", "--nest", "2", "--cut", "0.8", "--heal", "24", "--prompt", "a cat"]
+    steps += ["--prompt", "a hat, a dog", "--prompt", "ink 3 trees"]
+    steps += ["--lasso", "1e-6", "--excess", "0.1"]
     result = CliRunner().invoke(app, [*arguments, *steps])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     answers = report["answers"]
     assert list(answers) == ["pruned", "compressed", "nested", "cut", "healed"]
+    assert answers["pruned"] > 0
     assert answers["healed"] < answers["cut"]
     denoiser = tiny.sd15().unet
     load(denoiser, small)
     assert model_bytes(denoiser) == report["bytes_after"] < report["bytes_before"]
+
+
+def test_the_embedded_model_is_one_by_its_name(tmp_path: Path) -> None:
+    small = tmp_path / "small.safetensors"
+    arguments = ["compress", "emoji", "--method", "mxfp4", "--keep", "0.9", "--out", str(small)]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["bytes_after"] > 0
+    assert small.stat().st_size > 0
+
+
+def test_a_masked_update_is_completed(tmp_path: Path) -> None:
+    source, whole = tmp_path / "masked.safetensors", tmp_path / "whole.safetensors"
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randn(48, 2, generator=g) @ torch.randn(2, 40, generator=g)
+    masked = torch.where(torch.rand(48, 40, generator=g) < 0.5, truth, 0.0)
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.diff"
+    save_file({key: masked}, source)
+    arguments = ["compress", str(source), "--method", "complete", "--out", str(whole), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["rank"] == [2, 2]
+    assert report["error"] < 1e-5
+    assert report["bytes_after"] < report["bytes_before"]
+    (found,) = read(whole).updates.values()
+    assert float((found.delta() - truth).norm() / truth.norm()) < 1e-5
+    said = CliRunner().invoke(app, [*arguments, "--keep", "40", "--force"])
+    assert said.exit_code == 2
+    assert "the known entries allow 1 to" in said.stderr
 
 
 def test_measured_once_and_spread_by_trying(model_folder: Path, tmp_path: Path) -> None:
@@ -115,6 +174,9 @@ def test_measured_once_and_spread_by_trying(model_folder: Path, tmp_path: Path) 
         (["--heal", "3"], "give a --prompt"),
         (["--cut", "2"], "up to 1"),
         (["--prune", "-1"], "count steps"),
+        (["--lasso", "1e-4"], "--lasso is for --nest"),
+        (["--excess", "1"], "--excess is for --heal"),
+        (["--excess", "-1"], "0 or more"),
         (["--method", "energy"], "unknown compression method"),
         (["--spread", "evenly"], "welore, budget, knapsack"),
         (["--half"], "LoRA files"),

@@ -1,6 +1,8 @@
 """Every compact form: smaller than before, true bytes, an error that falls with the share."""
 
+import copy
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import peft
@@ -16,7 +18,7 @@ from cmlora.adapters.compression import COMPRESSIONS, RULES
 from cmlora.adapters.compression.cospadi import improve, pursue
 from cmlora.adapters.compression.form import GRID, Factors, Form, Sparse, dense, nbytes, root
 from cmlora.adapters.compression.heal import Call, heal
-from cmlora.adapters.compression.layers import matrix_of
+from cmlora.adapters.compression.layers import CompactLinear, matrix_of
 from cmlora.adapters.compression.model import (
     compress,
     load,
@@ -26,6 +28,7 @@ from cmlora.adapters.compression.model import (
     spread,
 )
 from cmlora.adapters.compression.mxfp4 import CLIP, exponent
+from cmlora.adapters.compression.rocket import rocket
 from cmlora.errors import CmloraError
 from tests.compression import references
 
@@ -95,38 +98,66 @@ def test_error_falls_and_bytes_hold(name: str, known: bool, shape: tuple[int, in
         assert errors[-1] == pytest.approx(expected, rel=1e-3)
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", list(COMPRESSIONS))
-def test_nothing_grows(name: str) -> None:
-    for shape in ((2, 2), (1, 9), (9, 1), (40, 40)):
-        for keep in (0.01, 1.0):
-            form = COMPRESSIONS[name].object(random(*shape), keep, None)
-            assert form is None or nbytes(form) < random(*shape).nbytes
+def test_nothing_grows(name: str, dtype: torch.dtype) -> None:
+    for shape in ((2, 2), (1, 9), (9, 1), (40, 40), (64, 64)):
+        matrix = random(*shape).to(dtype)
+        for keep in (0.01, 0.5, 1.0):
+            form = COMPRESSIONS[name].object(matrix, keep, None)
+            assert form is None or nbytes(form) < matrix.nbytes
+            assert form is None or nbytes(form) <= keep * matrix.nbytes
     with pytest.raises(CmloraError, match="above 0"):
         COMPRESSIONS[name].object(random(9, 9), 0.0, None)
 
 
 @pytest.mark.parametrize("name", ["svd", "lord"])
-def test_factors_reach_the_best_output_error(name: str) -> None:
-    matrix, seen = random(32, 48), inputs(48)
-    form = made(name, matrix, 0.5, (seen.T @ seen).double())
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])
+def test_factors_reach_the_best_output_error(name: str, keep: float) -> None:
+    """The tail of the outputs' singular values, which are the roots of the eigenvalues."""
+    matrix, seen = random(32, 48).double(), inputs(48).double()
+    form = made(name, matrix, keep, seen.T @ seen)
     assert isinstance(form, Factors)
     rank = len(form.down)
-    assert rank == int(0.5 * 32 * 48 / 80)
+    assert rank == int(keep * 32 * 48 / 80)
     assert form.up.numel() + form.down.numel() == rank * 80
     lost = (seen @ (matrix - dense(form)).T).norm() / (seen @ matrix.T).norm()
-    best = references.output_tail(matrix.double().numpy(), seen.double().numpy(), rank)
-    assert float(lost) == pytest.approx(best, rel=1e-3)
+    best = references.output_tail(matrix.numpy(), seen.numpy(), rank)
+    assert float(lost) == pytest.approx(best, rel=1e-6)
 
 
 def test_a_dictionary_beats_factors_of_the_same_numbers() -> None:
     matrix, seen = random(48, 32), inputs(32)
     gram = (seen.T @ seen).double()
-    factors, plain = made("svd", matrix, 0.55, gram), made("svd", matrix, 0.55)
-    sparse = made("rocket", matrix, 0.55 + 1 / 32, gram)
+    factors, plain = made("svd", matrix, 0.54, gram), made("svd", matrix, 0.54)
+    sparse = made("rocket", matrix, 0.54, gram)
     assert isinstance(sparse, Sparse)
-    assert sparse.atoms.numel() + sparse.values.numel() <= 0.57 * matrix.numel()
+    assert isinstance(factors, Factors)
+    numbers = sparse.atoms.numel() + sparse.values.numel()
+    assert (numbers, factors.up.numel() + factors.down.numel()) == (784, 800)
     error = [relative_error(matrix, dense(form), gram) for form in (sparse, factors, plain)]
     assert error == sorted(error)
+
+
+def test_a_dictionary_without_zeros_is_the_whitened_svd() -> None:
+    """As many codes as atoms leave the tail of the singular values behind the root, damped."""
+    matrix, seen = random(48, 32).double(), inputs(32).double()
+    whiten = root(seen.T @ seen, 32)
+    values = torch.linalg.svdvals(matrix @ whiten).square()
+    ranks = []
+    for keep in (0.11, 0.32, 0.54, 0.75, 0.97):
+        form = rocket(matrix, keep, seen.T @ seen, ratio=1.0)
+        assert form is not None
+        rank = len(form.atoms)
+        assert form.values.numel() == rank * 48
+        tail = float((values[rank:].sum() / values.sum()).sqrt())
+        found = relative_error(matrix, dense(form), whiten @ whiten.T)
+        assert found == pytest.approx(tail, rel=1e-6)
+        ranks.append(rank)
+    assert ranks == [2, 6, 10, 14, 18]
 
 
 @settings(max_examples=20)
@@ -163,6 +194,28 @@ def _unit(matrix: Tensor) -> Tensor:
     return rounded
 
 
+@pytest.mark.parametrize("rule", [None, "knapsack", "budget"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_the_share_is_one_of_the_bytes_that_are_stored(
+    rule: Literal["knapsack", "budget"] | None, dtype: torch.dtype
+) -> None:
+    """A model is compressed in single precision and stored in half of it; masks do not shrink."""
+    for keep in (0.5, 0.99):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48))
+        given = RULES["budget"].object if rule == "budget" else rule
+        done = compress(model, COMPRESSIONS["rocket"].object, keep, rule=given, dtype=dtype)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        model.to(dtype)
+        for name, saved in done.layers.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, CompactLinear)
+            assert nbytes(layer.form()) == saved.after < saved.before == 2 * layer.weight.numel()
+        stored = sum(saved.after for saved in done.layers.values())
+        stored += sum(2 * matrix_of(model.get_submodule(name)).numel() for name in done.kept)
+        assert stored <= keep * 2 * (64 * 64 + 64 * 48)
+
+
 @pytest.mark.parametrize("name", list(COMPRESSIONS))
 def test_a_model_runs_on_compact_layers(name: str, tmp_path: Path) -> None:
     model, x = toy(), random(2, 3, 8, 8)
@@ -179,6 +232,7 @@ def test_a_model_runs_on_compact_layers(name: str, tmp_path: Path) -> None:
         assert isinstance(model.get_submodule(layer), nn.Linear | nn.Conv2d)
         expected.get_submodule(layer).weight.data = model.get_submodule(layer).weight.data
     assert torch.allclose(model(x), expected(x), atol=1e-5)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
     save(model, tmp_path / "small.safetensors")
     assert sum(t.nbytes for t in load_file(tmp_path / "small.safetensors").values()) == done.after
     again = toy(seed=1)

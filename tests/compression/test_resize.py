@@ -21,7 +21,7 @@ from tests.compression import references
 from tests.synthetic import MODULES, lora, scaled
 
 VALUES = {
-    "fixed": (1, 2, 4, 8),
+    "fixed": (1, 2, 4, 6),
     "energy": (0.3, 0.6, 0.9, 1),
     "budget": (0.3, 0.5, 0.8, 1),
     "welore": (0.3, 0.5, 0.8, 1),
@@ -188,6 +188,7 @@ def test_a_clipped_spike_is_no_spike() -> None:
         ("fixed", 0),
         ("fixed", 1.5),
         ("fixed", math.inf),
+        ("fixed", 7),
         ("energy", 0),
         ("energy", 1.1),
         ("budget", -1),
@@ -199,6 +200,13 @@ def test_a_clipped_spike_is_no_spike() -> None:
 def test_impossible_values_are_refused(name: str, value: float) -> None:
     with pytest.raises(CmloraError):
         run(name, value)
+
+
+def test_without_a_rank_fixed_keeps_what_there_is() -> None:
+    found = resize(mixed(), RULES["fixed"].object)
+    assert {change.after for change in found.changes.values()} == {4, 5, 6}
+    with pytest.raises(CmloraError, match="rank 7 is not possible; this LoRA allows 1 to 6"):
+        run("fixed", 7)
 
 
 def test_nothing_to_resize() -> None:
