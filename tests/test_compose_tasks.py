@@ -8,7 +8,9 @@ from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 
 from cmlora.compose import compose
@@ -25,8 +27,8 @@ def picture(seed: int = 0) -> torch.Tensor:
     return torch.rand((1, 3, 32, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def controlnet() -> tuple[Any, dict[str, Any]]:
-    base = pipeline("sd15")
+def controlnet(family: str) -> tuple[Any, dict[str, Any]]:
+    base = pipeline(family)
     torch.manual_seed(3)
     widths = (16, 32)  # halves the picture once, as the tiny autoencoder does
     net = ControlNetModel.from_unet(
@@ -35,21 +37,30 @@ def controlnet() -> tuple[Any, dict[str, Any]]:
     for parameter in net.parameters():  # its last layers are made with zeros
         torch.nn.init.normal_(parameter, std=0.1)
     parts = {**base.components, "controlnet": net}
+    if family == "sdxl":
+        return StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False), {
+            "image": picture()
+        }
     pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
     return pipe, {"image": picture()}
 
 
-def inpaint() -> tuple[Any, dict[str, Any]]:
-    parts = pipeline("sd15").components
-    pipe = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+def inpaint(family: str) -> tuple[Any, dict[str, Any]]:
+    parts = pipeline(family).components
+    pipe: Any = (
+        StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
+        if family == "sdxl"
+        else StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    )
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., 16:] = 1
     return pipe, {"image": picture(), "mask_image": mask, "strength": 1.0}
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("make", [controlnet, inpaint])
-def test_tasks_compute_what_a_plain_loop_computes(make: Any) -> None:
-    pipe, options = make()
+def test_tasks_compute_what_a_plain_loop_computes(make: Any, family: str) -> None:
+    pipe, options = make(family)
     pipe.set_progress_bar_config(disable=True)
     pipe.set_adapters(["ink"])
     freeze(pipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def heal(
     original: nn.Module,
     calls: Sequence[Call],
     steps: int = 200,
-    rate: float = 1e-3,
+    rate: float = 1e-4,
     features: Sequence[str] = (),
     weight: float = 1.0,
     excess: float = 0.0,
@@ -69,28 +70,40 @@ def heal(
     optimizer = torch.optim.Adam(trained, rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
+
+    def loss_of(call: Call) -> Tensor:
+        with torch.no_grad(), _watching(original, features) as wanted:
+            wanted.append(call(original))
+        with _watching(model, features) as found:
+            found.append(call(model))
+        parts = [_relative(a, b) for a, b in zip(found, wanted, strict=True)]
+        loss = parts[-1]
+        if len(parts) > 1:
+            loss = loss + weight * torch.stack(parts[:-1]).mean()
+        if excess:
+            over = [
+                (matrix_of(original.get_submodule(name)) - dense(layer.form())).abs().max()
+                for name, layer in layers.items()
+            ]
+            loss = loss + excess * (torch.stack(over) - slack).square().mean()
+        return loss
+
+    def mean() -> float:
+        with torch.no_grad():
+            return fmean(float(loss_of(call)) for call in calls)
+
+    before, kept = mean(), [parameter.detach().clone() for parameter in trained]
     try:
         for step in range(steps):
-            call = calls[step % len(calls)]
-            with torch.no_grad(), _watching(original, features) as wanted:
-                wanted.append(call(original))
-            with _watching(model, features) as found:
-                found.append(call(model))
-            parts = [_relative(a, b) for a, b in zip(found, wanted, strict=True)]
-            loss = parts[-1]
-            if len(parts) > 1:
-                loss = loss + weight * torch.stack(parts[:-1]).mean()
-            if excess:
-                over = [
-                    (matrix_of(original.get_submodule(name)) - dense(layer.form())).abs().max()
-                    for name, layer in layers.items()
-                ]
-                loss = loss + excess * (torch.stack(over) - slack).square().mean()
+            loss = loss_of(calls[step % len(calls)])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()))
+        if not mean() < before:
+            for parameter, value in zip(trained, kept, strict=True):
+                parameter.detach().copy_(value)
     finally:
         for parameter in trained:
             parameter.requires_grad_(False)

@@ -74,7 +74,7 @@ def nest(
     original: nn.Module,
     calls: Sequence[Call],
     steps: int = 200,
-    rate: float = 1e-3,
+    rate: float = 1e-4,
     group: float = 0.0,
     seed: int = 0,
 ) -> tuple[float, ...]:

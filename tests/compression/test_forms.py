@@ -348,6 +348,19 @@ def test_healing_lowers_the_error() -> None:
         heal(toy(), original, calls)
 
 
+def test_healing_does_no_harm() -> None:
+    original, model = toy(), toy()
+    compress(model, COMPRESSIONS["svd"].object, 0.35, least=8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = random(2, 3, 8, 8)
+    losses = heal(model, original, [lambda m: m(x)], steps=5, rate=10.0)
+    assert losses[-1] > losses[0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    heal(model, original, [lambda m: m(x)], steps=5)
+    assert any(not torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
 @pytest.mark.parametrize("keep", [0.4, 0.6])
 def test_learning_the_dictionary_pays(keep: float) -> None:
     matrix, seen = random(48, 32), inputs(32)

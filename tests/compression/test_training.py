@@ -182,7 +182,7 @@ def test_emptied_factors_are_dropped() -> None:
     model[0] = wrap(model[0], Factors(up, down + 0.03 * random(9, 9, seed=3)))
     calls: list[Call] = [lambda m: m(torch.eye(9))]
     assert drop(model) == {}
-    nest(model, original, calls, steps=1000, group=1e-4)
+    nest(model, original, calls, steps=1000, rate=1e-3, group=1e-4)
     assert drop(model) == {"0": 3}
     assert matrix_of(model[0]).shape == (12, 9)
     assert relative_error(matrix, matrix_of(model[0])) < 5e-3
