@@ -128,6 +128,7 @@ def merge_pipelines(
     prompts: Sequence[str] = (),
     steps: int = STEPS,
     separate: float = 0.0,
+    budget: float | None = None,
     matching: bool = True,
     ridge: float = 1e-6,
     seed: int = 0,
@@ -140,6 +141,7 @@ def merge_pipelines(
         prompts: what the least squares are made of; without any, weights are averaged.
         steps: denoising steps per prompt.
         separate: share of the units that either model keeps for itself.
+        budget: size of the result over that of one model, in place of the share.
         matching: bring units into step first.
         ridge: for these see `cmlora.adapters.merging.models.merge_models`.
         seed: of the noise and of the matching.
@@ -167,6 +169,7 @@ def merge_pipelines(
             twins[name],
             gathered[name],
             separate=separate,
+            budget=budget,
             matching=matching,
             ridge=ridge,
             seed=seed,

@@ -7,7 +7,7 @@ match worst from either model, and fit every layer to what the layers of both mo
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +19,8 @@ from cmlora.adapters.compression.heal import Call
 from cmlora.adapters.compression.layers import fits, matrix_of
 from cmlora.adapters.compression.model import put
 from cmlora.adapters.merging.rebasin import check_states, match
-from cmlora.adapters.merging.units import Units, rows, units_of
+from cmlora.adapters.merging.units import Units, units_of
+from cmlora.adapters.merging.widths import by_budget, by_share
 from cmlora.errors import CmloraError
 
 _WIDEST = 4096
@@ -65,6 +66,7 @@ def merge_models(
     calls: Sequence[Call] = (),
     *,
     separate: float = 0.0,
+    budget: float | None = None,
     ridge: float = 1e-6,
     matching: bool = True,
     seed: int = 0,
@@ -78,6 +80,8 @@ def merge_models(
         calls: typical calls for the least squares; without any the weights are averaged.
         separate: share of the units of feed-forward and embedding layers, worst matches first,
             that either model keeps for itself: 0 merges all, 1 keeps all side by side.
+        budget: numbers of the result over those of one model; instead of `separate`, the units
+            of all layers whose merging would lose most are kept.
         ridge: damping of the least squares, as a share of the mean square of an input.
         matching: bring units into step first; without it they are taken as they are.
         seed: of the matching.
@@ -89,8 +93,8 @@ def merge_models(
         CmloraError: if the models are of different kinds or hold NaN or infinity, or the share is
             not from 0 to 1.
     """
-    if not 0 <= separate <= 1:
-        raise CmloraError(f"separate is {separate:g}, expected 0 to 1")
+    if separate and budget is not None:
+        raise CmloraError("separate and budget both say how many units are kept; give one")
     first, second = dict(one.state_dict()), dict(other.state_dict())
     check_states(first, second)
     units = units_of(one)
@@ -98,7 +102,11 @@ def merge_models(
     second = found.state
     twin = copy.deepcopy(other)
     twin.load_state_dict(second)
-    axes, widths = _axes(first, second, units, separate)
+    if budget is None:
+        kept = by_share(first, second, units, separate)
+    else:
+        kept = by_budget(first, second, units, budget)
+    axes, widths = _axes(units, kept)
     model = copy.deepcopy(one)
     _fill(model, first, second, axes)
     residuals = _fit(model, one, twin, calls, axes, ridge, widest) if calls else {}
@@ -106,25 +114,18 @@ def merge_models(
 
 
 def _axes(
-    first: dict[str, Tensor], second: dict[str, Tensor], units: Sequence[Units], separate: float
+    units: Sequence[Units], kept: Mapping[str, Tensor]
 ) -> tuple[dict[tuple[str, int], _Axis], dict[str, tuple[int, int]]]:
     """The axes that change, by parameter and axis."""
     axes: dict[tuple[str, int], _Axis] = {}
     widths: dict[str, tuple[int, int]] = {}
     for own in units:
-        (kind, *more), count = own.kinds, own.count
-        keep = round(separate * kind.size)
-        if count > 1 or more or not keep:
-            continue  # heads and normalised groups cannot be added without a new configuration
-        cosine = torch.zeros(kind.size, dtype=torch.double)
-        sizes = torch.zeros(2, kind.size, dtype=torch.double)
-        for place in kind.places:
-            a, b = rows(first, place, kind.size), rows(second, place, kind.size)
-            cosine += (a * b).sum(1)
-            sizes += torch.stack([a.square().sum(1), b.square().sum(1)])
-        worst = (cosine / sizes.prod(0).sqrt().clamp(min=1e-300)).argsort()
-        kept, merged = worst[:keep].sort().values, worst[keep:].sort().values
-        source = torch.cat([merged, kept, kept])
+        if own.name not in kept:
+            continue
+        kind, apart = own.kinds[0], kept[own.name]
+        keep = len(apart)
+        merged = torch.tensor(sorted(set(range(kind.size)) - set(apart.tolist())), dtype=torch.long)
+        source = torch.cat([merged, apart, apart])
         half, whole = torch.full((len(merged),), 0.5), torch.ones(keep)
         shares = [torch.cat([half, whole, 0 * whole]), torch.cat([half, 0 * whole, whole])]
         for key, axis in {(place.key, place.axis) for place in kind.places}:

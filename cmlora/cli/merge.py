@@ -72,6 +72,13 @@ def merge(
         float | None,
         typer.Option(help="Share of the units of two models that either keeps: wider layers."),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Size of the merge of two models over one of them, 1 or more: the units that "
+            "match worst are kept by either."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of methods that draw random numbers.")] = 0,
     name: Annotated[str, typer.Option(help="Of the result; the output's stem if empty.")] = "",
     plot: Annotated[
@@ -107,14 +114,16 @@ def merge(
             method,
             prompts=prompt or (),
             separate=separate or 0.0,
+            budget=budget,
             matching=matching,
             seed=seed,
             force=force,
             as_json=as_json,
         )
         return
-    if separate is not None:
-        raise CmloraError("--separate is for two models; LoRAs of one base have no units to match")
+    for flag, value in (("--separate", separate), ("--budget", budget)):
+        if value is not None:
+            raise CmloraError(f"{flag} is for two models; LoRAs of one base have no units to match")
     learns = method in LEARNERS
     if not learns and MERGES[method].object.needs_grams and calib is None:
         raise CmloraError(f"{method} needs calibration data: --calib FILE, from cmlora calib")

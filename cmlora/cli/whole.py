@@ -29,6 +29,7 @@ def whole(
     *,
     prompts: Sequence[str],
     separate: float,
+    budget: float | None,
     matching: bool,
     seed: int,
     force: bool,
@@ -45,6 +46,10 @@ def whole(
         raise CmloraError("--prompt is for pleas; mean looks at weights alone")
     if not 0 <= separate <= 1:
         raise CmloraError(f"--separate {separate:g}: a share from 0 to 1")
+    if budget is not None and not budget >= 1:
+        raise CmloraError(f"--budget {budget:g}: the size over that of one model, 1 or more")
+    if budget is not None and separate:
+        raise CmloraError("--separate and --budget both say how many units are kept; give one")
     folders = [Path(reference).expanduser() for reference in references]
     _check_target(output, folders, force)
 
@@ -64,7 +69,12 @@ def whole(
     before = {name: _size(model) for name, model in parts(pipes[0]).items()}
     with status("merging"):
         found = merge_pipelines(
-            *pipes, prompts=prompts, separate=separate, matching=matching, seed=seed
+            *pipes,
+            prompts=prompts,
+            separate=separate,
+            budget=budget,
+            matching=matching,
+            seed=seed,
         )
         note({part: merged.model for part, merged in found.items()})
         recipe = {
@@ -74,6 +84,7 @@ def whole(
             "weights": [0.5, 0.5],
             "match": matching,
             "separate": separate,
+            "budget": budget,
             "prompts": list(prompts),
             "seed": seed,
             "cmlora": __version__,

@@ -154,6 +154,10 @@ def test_what_cannot_be_compared_or_merged(
     assert "from 0 to 1" in complaint([*named, "-o", tmp_path / "x", "--separate", "2"])
     loras: list[str | Path] = ["merge", cat, cat, "-o", tmp_path / "x.safetensors"]
     assert "is for two models" in complaint([*loras, "--separate", "0.5"])
+    assert "is for two models" in complaint([*loras, "--budget", "1.5"])
+    assert "1 or more" in complaint([*named, "-o", tmp_path / "x", "--budget", "0.5"])
+    both = ["--budget", "1.5", "--separate", "0.5"]
+    assert "give one" in complaint([*named, "-o", tmp_path / "x", *both])
     assert list(tmp_path.iterdir()) == []
 
 
