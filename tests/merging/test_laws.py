@@ -48,6 +48,7 @@ SHARED = {
     "learn",
     "moments",
     "units",
+    "widths",
     "rebasin",
     "tally",
     "written",
