@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d, Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cmlora.plan import Gate
@@ -26,11 +25,6 @@ def gateable(layer: Any) -> bool:
     base = layer.get_base_layer()
     usual = getattr(base, "groups", 1) == 1 and getattr(base, "padding_mode", "zeros") == "zeros"
     return usual and not (layer.lora_variant or any(layer.lora_bias.values()))
-
-
-def plain(module: nn.Module) -> bool:
-    """Whether every adapter layer of a model is `gateable`, so that a gate shares all of it out."""
-    return all(map(gateable, (m for m in module.modules() if isinstance(m, BaseTunerLayer))))
 
 
 class GatedLoRAs:
