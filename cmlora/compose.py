@@ -30,11 +30,11 @@ from cmlora.schedules.apply import scheduled
 from cmlora.schedules.parse import parse_schedule
 from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
-from cmlora.strategies.auto import Choice, choose, knowing
+from cmlora.strategies.auto import Choice, decide, knowing
 from cmlora.strategies.klora import weighed
 from cmlora.switching import AdapterSwitch
 from cmlora.tracker import StepTracker
-from cmlora.updates import Updates, updates
+from cmlora.updates import updates
 
 if TYPE_CHECKING:
     from cmlora.frequency.profile import Profile
@@ -52,16 +52,16 @@ class Composition:
     """
 
     def __init__(
-        self, run: Run, attached: ExitStack, decide: Callable[[int], Choice] | None = None
+        self, run: Run, attached: ExitStack, choice: Callable[[int], Choice] | None = None
     ) -> None:
         self._run = run
         self._attached = attached
-        self._decide = decide
+        self._choice = choice
 
     @property
     def reason(self) -> str:
         """Why method "auto" chose what it chose, for the last run; empty for any other method."""
-        return self._decide(self._run.expected or _STEPS).reason if self._decide else ""
+        return self._choice(self._run.expected or _STEPS).reason if self._choice else ""
 
     @property
     def report(self) -> Report:
@@ -186,14 +186,14 @@ def compose(
     if prompt is not None:
         composed = relevance.weighed(pipe, label, chosen, prompt, composed)
     relevance.warn_unless_weighed(label, chosen, composed)
-    decide: Callable[[int], Choice] | None = None
+    choice: Callable[[int], Choice] | None = None
     if label == "auto" and composed:
         known = updates(models.values(), [member.name for member in composed])
         strategy = knowing(known)
-        decide = partial(
-            _choose, composed, known, chosen, cacheable=_cacheable(pipe, models.values())
+        choice = partial(
+            decide, known, chosen, composed, cacheable=_cacheable(pipe, models.values())
         )
-        guess = decide(_STEPS)
+        guess = choice(_STEPS)
         if cache == "none":
             policy = parse(guess.cache)
         uncond = guess.uncond if uncond == "per_lora" else uncond
@@ -256,25 +256,7 @@ def compose(
             forget_children(model)
         prepare()
         attached = stack.pop_all()
-    return Composition(run, attached, decide)
-
-
-def _choose(
-    composed: Sequence[Member],
-    known: Updates,
-    options: Mapping[str, Any],
-    count: int,
-    *,
-    cacheable: bool,
-) -> Choice:
-    """What "auto" comes to for a number of steps."""
-    return choose(
-        composed,
-        count,
-        **{"plain": known.plain, **options},
-        cacheable=cacheable,
-        sizes=known.sizes,
-    )
+    return Composition(run, attached, choice)
 
 
 def _check_blocks(curves: Schedule, switches: Iterable[AdapterSwitch]) -> None:

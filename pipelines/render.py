@@ -27,7 +27,7 @@ from cmlora.relevance import weighed
 from cmlora.schedules.parse import parse_schedule, write_schedule
 from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
-from cmlora.strategies.auto import Choice, choose
+from cmlora.strategies.auto import Choice, decide
 from cmlora.strategies.former import recalled, recorded
 from cmlora.strategies.options import defaults
 from cmlora.updates import updates
@@ -172,13 +172,8 @@ def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, Choice]:
     options = check_options("auto", wish.options or {})
     members = pipe.ensemble.members(pipe.ensemble.weights())
     known = updates(denoisers.find(pipe.pipe).values(), [member.name for member in members])
-    chosen = choose(
-        members,
-        wish.steps,
-        **{"plain": known.plain, **options},
-        cacheable=default_cache("cmlora", pipe.pipe) != "none",
-        sizes=known.sizes,
-    )
+    cacheable = default_cache("cmlora", pipe.pipe) != "none"
+    chosen = decide(known, options, members, wish.steps, cacheable=cacheable)
     settled_wish = replace(
         wish,
         method=chosen.method,

@@ -82,16 +82,23 @@ def knowing(known: Updates) -> Strategy:
     """`auto` with what is known of the LoRAs' updates."""
 
     def informed(step: Step, members: Sequence[Member], policy: Policy, **options: Any) -> Plan:
-        chosen = choose(
-            members,
-            step.count,
-            **{"plain": known.plain, **options},
-            cacheable=policy.reuse,
-            sizes=known.sizes,
-        )
+        chosen = decide(known, options, members, step.count, cacheable=policy.reuse)
         return plan_of(chosen, step, members, policy)
 
     return informed
+
+
+def decide(
+    known: Updates,
+    options: Mapping[str, Any],
+    members: Sequence[Member],
+    count: int,
+    *,
+    cacheable: bool,
+) -> Choice:
+    """`choose` with what is known of the LoRAs' updates, and the options of `auto`."""
+    given = {"plain": known.plain, **options}
+    return choose(members, count, **given, cacheable=cacheable, sizes=known.sizes)
 
 
 def plan_of(chosen: Choice, step: Step, members: Sequence[Member], policy: Policy) -> Plan:

@@ -170,7 +170,8 @@ def test_a_file_of_another_family_is_refused_although_it_fits(said: str, tmp_pat
     ],
 )
 def test_weak_or_agreeing_words_refuse_nothing(said: dict[str, str], tmp_path: Path) -> None:
-    files.load(families.qwen().pipe, saved(tmp_path / "x.safetensors", **said), "x")
+    applied = files.load(families.qwen().pipe, saved(tmp_path / "x.safetensors", **said), "x")
+    assert applied.modules == 32
 
 
 def test_own_layers_overrule_a_wrong_header(tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_own_layers_overrule_a_wrong_header(tmp_path: Path) -> None:
     stored |= {f"{stem}.lora_A.weight": torch.ones(1, 128)}
     stored |= {f"{stem}.lora_B.weight": torch.ones(32, 1)}
     path = trainers.save(stored, tmp_path / "x.safetensors", **{ARCHITECTURE: "flux-1-dev"})
-    files.load(families.qwen().pipe, path, "x")
+    assert files.load(families.qwen().pipe, path, "x").modules == len(stored) // 2
 
 
 def wide(width: int) -> Any:
