@@ -2,13 +2,13 @@
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from cmlora.adapters.merging.account import Account
 from cmlora.adapters.merging.atlas import atlas
 from cmlora.adapters.merging.check import check_rank, check_shape, check_values
 from cmlora.adapters.merging.concrete import concrete
@@ -16,8 +16,7 @@ from cmlora.adapters.merging.factors import Pair
 from cmlora.adapters.merging.factors import stack as exact_sum
 from cmlora.adapters.merging.learn import Fitted, Loss, prepared, random_like, signed
 from cmlora.adapters.merging.method import Method, read_options
-from cmlora.adapters.merging.result import LOST, Report
-from cmlora.adapters.merging.tally import Tally
+from cmlora.adapters.merging.result import Report
 from cmlora.adapters.merging.written import baked, inherited, widest
 from cmlora.adapters.merging.ziplora_trained import ziplora_trained
 from cmlora.adapters.objective import Objective
@@ -163,7 +162,7 @@ def learn(
         CmloraError: for an unknown method or option, LoRAs that change no denoiser, a rank that is
             not possible, or a method that follows gradients where there are none.
     """
-    started = time.perf_counter()
+    account = Account()
     rules = LEARNED[method].object
     if not objective.differentiable and method != "lorahub":
         raise CmloraError(f"{method} follows gradients, and this objective has none; use lorahub")
@@ -191,21 +190,20 @@ def learn(
     )
     text = [_part(lora, lambda module: not module.startswith(start)) for lora in ready]
     rest = stack([(lora, 1.0) for lora in text], "text")
-    remarks: dict[str, None] = {}
     if rest.updates:
-        remarks[f"only the {objective.component} is learnt; text encoders are added up"] = None
+        only = f"only the {objective.component} is learnt; text encoders are added up"
+        account.remarks[only] = None
     dtype = widest([update for lora in loras for update in lora.updates.values()])
     updates: dict[str, Update] = {}
-    gaps, cuts = Tally(), Tally()
     for module, update in {**fitted.lora.updates, **rest.updates}.items():
         pair = whole = Pair(*update.factors())
         if rank is not None and update.rank > rank:
             pair = Pair(*update.truncate(rank).factors())
-            cuts.add(module, pair.distance(whole), whole.norm())
+            account.cuts.add(module, pair.distance(whole), whole.norm())
         parts = [Pair(*own.factors()) for own in table[module]]
         exact = exact_sum(parts, [1.0] * len(parts))
-        gaps.compare(module, pair, exact, math.fsum(part.norm() for part in parts))
-        updates[module] = baked(pair, update.shape, dtype, remarks)
+        account.gaps.compare(module, pair, exact, math.fsum(part.norm() for part in parts))
+        updates[module] = baked(pair, update.shape, dtype, account.remarks)
     found = replace(fitted.lora, updates=updates)
     count = len(inside)
     losses = {
@@ -217,9 +215,9 @@ def learn(
     if fitted.control is not None:
         losses["random"] = fitted.control
         if fitted.control <= losses["learned"]:
-            remarks["random LoRAs do as well: these had nothing to teach here"] = None
+            account.remarks["random LoRAs do as well: these had nothing to teach here"] = None
     if losses["learned"] > losses["sum"]:
-        remarks["the plain sum has a lower loss than what was learnt"] = None
+        account.remarks["the plain sum has a lower loss than what was learnt"] = None
     recipe = json.loads(found.metadata["cmlora.merge"])
     recipe |= {"loras": [x.name for x, _ in pairs], "weights": [w for _, w in pairs]}
     recipe |= {"options": values, "seed": seed, "rank": rank}
@@ -230,18 +228,7 @@ def learn(
         triggers=tuple(dict.fromkeys(word for lora, _ in pairs for word in lora.triggers)),
         metadata={**inherited(loras), **found.metadata, **about},
     )
-    report = Report(
-        method=method,
-        kind=rules.kind,
-        errors=gaps.by_block,
-        error=gaps.all,
-        rank=max((update.rank for update in updates.values()), default=0),
-        bytes=sum(update.up.nbytes + update.down.nbytes for update in updates.values()),
-        seconds=time.perf_counter() - started,
-        notes={LOST: cuts.all} if cuts else {},
-        warnings=tuple(remarks),
-    )
-    return Learned(merged, fitted, losses, report)
+    return Learned(merged, fitted, losses, account.report(method, rules.kind, updates))
 
 
 def _part(lora: LoRA, wanted: Callable[[str], bool]) -> LoRA:

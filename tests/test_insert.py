@@ -302,8 +302,13 @@ def test_a_name_in_use() -> None:
         insert.insert(pipe, lora, "x")
 
 
-@pytest.mark.parametrize("occupied", [False, True])
-@pytest.mark.parametrize("after", [3, 200, 1500])
+MOMENTS = [(3, False), (200, True), (1500, False)]
+OTHERS = [(3, True), (200, False), (1500, True)]
+
+
+@pytest.mark.parametrize(
+    ("after", "occupied"), MOMENTS + [pytest.param(*m, marks=pytest.mark.slow) for m in OTHERS]
+)
 def test_an_interrupt_in_the_middle_leaves_no_trace(after: int, occupied: bool) -> None:
     pipe = build("sd15")
     lora = trainers.lora(pipe)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cmlora.adapters.merging.account import Account
 from cmlora.adapters.merging.check import NOTHING, ceiling, check_rank, check_shape, check_values
 from cmlora.adapters.merging.factors import Pair, nearest, stack, truncate
 from cmlora.adapters.merging.method import Method, Outcome, read_options
-from cmlora.adapters.merging.result import LOST, MergeResult, Report
-from cmlora.adapters.merging.tally import Tally
+from cmlora.adapters.merging.result import MergeResult
 from cmlora.adapters.merging.tally import block as block
 from cmlora.adapters.merging.written import baked, inherited, widest
 from cmlora.errors import CmloraError
@@ -54,7 +53,7 @@ def run(
     advance: Callable[[int, int], None] | None,
 ) -> MergeResult:
     """Merges LoRAs; the arguments are those of `cmlora.adapters.merging.merge`."""
-    started = time.perf_counter()
+    account = Account()
     values = read_options(title, method, options)
     _check(title, method, loras, weights)
     order = sorted(range(len(loras)), key=lambda i: (loras[i].name, weights[i]))
@@ -67,9 +66,6 @@ def run(
     if method.survey is not None:
         limits = method.survey(lambda: _whole(table, used), len(used), values)
     updates: dict[str, Update] = {}
-    gaps, cuts = Tally(), Tally()
-    notes: dict[str, list[float]] = {}
-    remarks: dict[str, None] = {}
     for index, (module, row) in enumerate(table.items()):
         if advance is not None:
             advance(index, len(table))
@@ -92,33 +88,20 @@ def run(
                 found = method.function(pairs, strengths, **given)
             except CmloraError as mistake:
                 raise CmloraError(f"{title}: {module}: {mistake}") from None
-        remarks |= dict.fromkeys(str(w.message) for w in said)
+        account.remarks |= dict.fromkeys(str(w.message) for w in said)
         if isinstance(found, Outcome):
-            for key, number in found.notes.items():
-                notes.setdefault(key, []).append(number)
+            account.note(found.notes)
             found = found.value
         there = [row[part.lora] for part in parts if part.pair.rank]
         pair, cut, size = _of_rank(found, rank, ceiling(there))
         if size:
-            cuts.add(module, cut, size)
+            account.cuts.add(module, cut, size)
         if not pair.rank:
             continue
         scale = math.fsum(abs(part.weight) * part.pair.norm() for part in parts)
-        gaps.compare(module, pair, exact, scale)
+        account.gaps.compare(module, pair, exact, scale)
         shape = max((update.shape for update in there), key=len)
-        updates[module] = baked(pair, shape, dtype, remarks)
-    said_of = {key: math.fsum(rows) / len(rows) for key, rows in notes.items()}
-    report = Report(
-        method=title,
-        kind=method.kind,
-        errors=gaps.by_block,
-        error=gaps.all,
-        rank=max((update.rank for update in updates.values()), default=0),
-        bytes=sum(update.up.nbytes + update.down.nbytes for update in updates.values()),
-        seconds=time.perf_counter() - started,
-        notes=said_of | ({LOST: cuts.all} if cuts else {}),
-        warnings=tuple(remarks),
-    )
+        updates[module] = baked(pair, shape, dtype, account.remarks)
     recipe: dict[str, Any] = {"method": title, "rank": rank, "seed": seed, "options": values}
     recipe |= {"loras": [lora.name for lora, _ in used], "weights": [w for _, w in used]}
     metadata = inherited([lora for lora, _ in used])
@@ -126,7 +109,7 @@ def run(
     metadata["cmlora.merge"] = json.dumps(recipe, sort_keys=True)
     triggers = dict.fromkeys(word for lora, _ in used for word in lora.triggers)
     merged = LoRA(name or "+".join(recipe["loras"]), updates, metadata, tuple(triggers))
-    return MergeResult(merged, report)
+    return MergeResult(merged, account.report(title, method.kind, updates))
 
 
 def _check(title: str, method: Method, loras: Sequence[LoRA], weights: Sequence[float]) -> None:

@@ -45,8 +45,12 @@ def pair(method: str) -> tuple[Any, Any]:
     return small, dense
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", ["svd", "rocket", "mxfp4"])
+PAIRS = [("svd", mode) for mode in MODES] + [("rocket", "cached"), ("mxfp4", "fused")]
+REST = [(method, mode) for method in ("rocket", "mxfp4") for mode in MODES]
+CASES = PAIRS + [pytest.param(*c, marks=pytest.mark.slow) for c in REST if c not in PAIRS]
+
+
+@pytest.mark.parametrize(("method", "mode"), CASES)
 def test_pictures_are_those_of_plain_layers(method: str, mode: str) -> None:
     pictures = []
     for pipe in pair(method):

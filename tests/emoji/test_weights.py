@@ -107,7 +107,11 @@ def test_base_draws_what_the_prompt_says(plain: StableDiffusionPipeline) -> None
 
 
 @pytest.mark.parametrize(
-    ("concept", "series"), [("character_1", "biased"), ("object_1", "unbiased")]
+    ("concept", "series"),
+    [
+        ("character_1", "biased"),
+        pytest.param("object_1", "unbiased", marks=pytest.mark.slow),
+    ],
 )
 def test_lora_draws_its_concept_and_the_base_does_not(
     plain: StableDiffusionPipeline, concept: str, series: Series

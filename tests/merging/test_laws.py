@@ -33,6 +33,7 @@ METHODS = list(MERGES)
 FOLDER = Path(__file__).parents[2] / "adapters" / "merging"
 SHARED = {
     "__init__",
+    "account",
     "factors",
     "method",
     "run",

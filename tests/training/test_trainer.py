@@ -122,7 +122,7 @@ def content(path: Path) -> dict[str, bytes]:
     return {one.name: one.read_bytes() for one in inner}
 
 
-RARE = ("plain", "dylora", "maestro", "lora_sb", "trp", "quartet")
+RARE = ("plain", "dylora", "maestro", "lora_sb", "trp", "quartet", "snella", "nola")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,12 @@ HOME = [name for name in TUNERS if name in bench.OPTIONS]
 TEXT = list(tiny.TEXT_TARGETS)
 UNET = ["to_q", "to_out.0", "conv1", "conv_shortcut"]
 
+FEW = ("nola", "hydra", "snell", "s2ft", "oft", "loha")
+
 home = pytest.mark.parametrize("name", HOME)
+few = pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in HOME]
+)
 
 
 @home
@@ -132,7 +137,7 @@ def test_a_diffusion_transformer(name: str) -> None:
     assert not close(dit(**names).sample, base, 1e-4)
 
 
-@home
+@few
 def test_a_whole_pipeline_saves_loads_and_composes(name: str, tmp_path: Path) -> None:
     pipe = tiny.sd15(channels=(8, 16), layers_per_block=1)
     parts = [(pipe.unet, UNET), (pipe.text_encoder, TEXT)]
