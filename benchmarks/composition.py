@@ -5,8 +5,10 @@ README.md in this folder has the commands that make the run. Then
     python benchmarks/composition.py RUN
 
 writes composition.md, composition.csv, composition.png and the plots; nothing is typed by hand.
-With `--name` and `--title` another run gets files of its own. `--merged FILE` adds what merged
-files reach, from the merged.json that merged.py writes; without a run, to the page that is there.
+With `--name` and `--title` another run, or a part of one, gets files of its own: `--methods`,
+`--n`, `--seeds`, and `--common` for the sets that every method has drawn. `--merged FILE` adds what
+merged files reach, from the merged.json that merged.py writes; without a run, to the page that is
+there.
 """
 
 import argparse
@@ -18,11 +20,12 @@ from statistics import fmean
 from typing import Any
 
 from cmlora.atomic import replacing
-from cmlora.cli.arguments import variants
+from cmlora.cli import arguments
 from cmlora.errors import CmloraError
 from cmlora.eval.metrics import metric_of
 from cmlora.eval.report.gallery import contact_sheet, shelves
 from cmlora.eval.report.plots import quality_against_cost, quality_by_size
+from cmlora.eval.report.selection import Selection
 from cmlora.eval.report.summary import (
     Summary,
     baseline_of,
@@ -40,6 +43,7 @@ from cmlora.eval.report.tables import (
     wins_table,
 )
 from cmlora.eval.study import Study
+from cmlora.eval.variants import canonical
 
 HERE = Path(__file__).parent
 TABLES = ("instances", "classes", "fidelity", "clip_score", "gmacs", "seconds")
@@ -216,6 +220,11 @@ def main() -> None:
     parser.add_argument(
         "--methods", default="", help="which, comma-separated (default: all that were run)"
     )
+    parser.add_argument("--n", default="", help="only sets of so many LoRAs, such as 5 or 2-4")
+    parser.add_argument("--seeds", default="", help="only these, such as 0-3")
+    parser.add_argument(
+        "--common", action="store_true", help="only sets and seeds that every method has drawn"
+    )
     parser.add_argument("--name", default="composition", help="of the files (default: composition)")
     parser.add_argument("--title", default="Composition methods on the embedded world")
     parser.add_argument(
@@ -236,7 +245,10 @@ def main() -> None:
             file.write(page.encode())
         return
     study = Study(options.run)
-    summary = summarise(study, variants(options.methods))
+    try:
+        summary = summarise(study, _selection(options))
+    except CmloraError as error:
+        parser.error(str(error))
     if PLOTTED not in summary.values:
         parser.error(f"the run has no {PLOTTED}: cmlora evaluate score {options.run}")
     main_metric = metric_of(PLOTTED)
@@ -263,6 +275,15 @@ def main() -> None:
         with replacing(options.out / f"{name}.png") as file:
             sheet.quantize(128).save(file, "PNG", optimize=True)
     print(verdict(summary, focus))
+
+
+def _selection(options: argparse.Namespace) -> Selection:
+    return Selection(
+        labels=[canonical(word) for word in arguments.variants(options.methods)],
+        sizes=arguments.sizes(options.n) if options.n else (),
+        seeds=arguments.seeds(options.seeds) if options.seeds else (),
+        common=options.common,
+    )
 
 
 def _lines(table: str, timed: bool) -> str:

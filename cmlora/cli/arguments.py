@@ -38,6 +38,21 @@ def seeds(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    """How many LoRAs per set, in the same form.
+
+    Raises:
+        CmloraError: if it is not of that form.
+
+    >>> sizes("2-4")
+    (2, 3, 4)
+    """
+    try:
+        return seeds(text)
+    except CmloraError:
+        raise CmloraError(f"--n {text!r}: expected numbers such as 2,3 or 2-5") from None
+
+
 def listed(text: str) -> tuple[str, ...]:
     """A comma-separated list.
 

@@ -25,6 +25,11 @@ def report(
     methods: Annotated[
         str, typer.Option(help="Only these; tests are corrected for them alone.")
     ] = "",
+    n: Annotated[str, typer.Option("--n", help="Only sets of so many LoRAs, such as 5.")] = "",
+    seeds: Annotated[str, typer.Option(help="Only these, such as 0-3.")] = "",
+    common: Annotated[
+        bool, typer.Option("--common", help="Only sets and seeds drawn by every method.")
+    ] = False,
     gallery: Annotated[int, typer.Option(help="Sets per N whose pictures are shown.")] = 4,
     as_json: options.AsJson = False,
 ) -> None:
@@ -32,10 +37,17 @@ def report(
 
     Example: [bold]cmlora evaluate report run --baseline switch[/bold]
     """
+    from cmlora.eval.report.selection import Selection
     from cmlora.eval.report.write import write_report
     from cmlora.eval.study import Study
     from cmlora.eval.variants import canonical
 
+    selection = Selection(
+        labels=[canonical(word) for word in arguments.variants(methods)],
+        sizes=arguments.sizes(n) if n else (),
+        seeds=arguments.seeds(seeds) if seeds else (),
+        common=common,
+    )
     with status("writing"):
         files = write_report(
             Study(run),
@@ -43,7 +55,7 @@ def report(
             baseline=canonical(baseline) if baseline else None,
             focus=canonical(focus) if focus else None,
             metrics=arguments.listed(metrics),
-            labels=[canonical(word) for word in arguments.variants(methods)],
+            selection=selection,
             per_size=max(0, gallery),
         )
     if as_json:

@@ -69,7 +69,7 @@ def run(
             raise CmloraError(f"--{name} {number}: at least 1")
     if attempts < 1:
         raise CmloraError(f"--attempts {attempts}: at least 1")
-    sizes = _sizes(n)
+    sizes = arguments.sizes(n)
     part = read_shard(shard) if shard else launched()
     manifest = find_testbed(testbed)
     if steps is not None:
@@ -152,14 +152,6 @@ def init(
     listed = ", ".join(f"{count} of {size}" for size, count in counts.items())
     err.print(f"{len(bed.loras)} LoRAs; sets: {listed}. Edit categories and triggers, then")
     err.print(f"cmlora evaluate run {folder} --lora-dir {folder} --out run", soft_wrap=True)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    """Numbers of LoRAs per set."""
-    try:
-        return arguments.seeds(text)
-    except CmloraError:
-        raise CmloraError(f"--n {text!r}: expected numbers such as 2,3 or 2-5") from None
 
 
 def _variants(methods: str) -> Any:

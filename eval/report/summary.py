@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from cmlora.errors import CmloraError
 from cmlora.eval.manifest import set_id
 from cmlora.eval.metrics import METRICS, Metric, metric_of
+from cmlora.eval.report.selection import Selection
 from cmlora.eval.scoring import Score, latest
 from cmlora.eval.statistics import (
     Interval,
@@ -31,6 +32,7 @@ Place = tuple[str, int]
 BASELINE = "merge"
 FOCUS = "cmlora@nonuniform"
 ALPHA = 0.05
+EVERYTHING = Selection()
 
 
 @dataclass(frozen=True)
@@ -214,26 +216,21 @@ class Summary:
         return [sum(values) / len(values) for _, values in sorted(by_set.items())]
 
 
-def summarise(study: Study, labels: Sequence[str] = ()) -> Summary:
+def summarise(study: Study, selection: Selection = EVERYTHING) -> Summary:
     """Arrange a run's scores; costs come from the records themselves.
 
     Args:
         study: the run.
-        labels: methods to look at, and to correct for; all if empty.
+        selection: which of its pictures.
 
     Raises:
-        CmloraError: if the run has no finished job, or none of a method.
+        CmloraError: if the run has no finished job, or none of the selection.
     """
     manifest = study.manifest
     records = tuple(study.records().values())
     if not records:
         raise CmloraError(f"{study.folder} has no finished job yet")
-    if labels:
-        known = sorted({record.label for record in records})
-        for label in labels:
-            if label not in known:
-                raise CmloraError(f"no pictures of {label!r}; there are {', '.join(known)}")
-        records = tuple(record for record in records if record.label in labels)
+    records = selection.of(records)
     by_key = {record.key: record for record in records}
     found = Summary(records=records)
     found.categories = {lora.id: lora.category for lora in manifest.loras}

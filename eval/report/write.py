@@ -15,7 +15,9 @@ from cmlora.eval.metrics import Metric, metric_of
 from cmlora.eval.report import plots
 from cmlora.eval.report.gallery import Shelf, shelves
 from cmlora.eval.report.page import page
+from cmlora.eval.report.selection import Selection
 from cmlora.eval.report.summary import (
+    EVERYTHING,
     Summary,
     baseline_of,
     findings,
@@ -48,7 +50,7 @@ def write_report(
     baseline: str | None = None,
     focus: str | None = None,
     metrics: Sequence[str] = (),
-    labels: Sequence[str] = (),
+    selection: Selection = EVERYTHING,
     per_size: int = 4,
 ) -> list[Path]:
     """Write a run's report.
@@ -59,7 +61,7 @@ def write_report(
         baseline: the method that tables compare with; merge if it is there.
         focus: the method that the findings are about; cmlora if it is there.
         metrics: what to show; everything that was scored if empty.
-        labels: methods to look at, and to correct for; all if empty.
+        selection: which of its pictures.
         per_size: sets per N in the gallery.
 
     Returns:
@@ -69,7 +71,7 @@ def write_report(
         CmloraError: if there is nothing to report, a method or metric is not there, or a file
             cannot be written.
     """
-    summary = summarise(study, labels)
+    summary = summarise(study, selection)
     against, about = baseline_of(summary, baseline), focus_of(summary, focus)
     chosen = _chosen(summary, metrics)
     sections = report_sections(study, summary, against, about, chosen)

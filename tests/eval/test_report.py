@@ -19,6 +19,7 @@ from cmlora.eval.metrics import metric_of
 from cmlora.eval.report.charts import Point, Series, forest, scatter
 from cmlora.eval.report.gallery import contact_sheet, shelves
 from cmlora.eval.report.plots import front
+from cmlora.eval.report.selection import Selection
 from cmlora.eval.report.summary import findings, focus_of, summarise
 from cmlora.eval.report.tables import (
     Table,
@@ -205,19 +206,19 @@ def test_variants_keep_their_names_and_matrices_their_width(tmp_path: Path) -> N
 
 
 def test_some_methods_alone_are_corrected_for_themselves(study: Study, tmp_path: Path) -> None:
-    whole, some = summarise(study), summarise(study, ["merge", "switch", "naive"])
+    whole, some = summarise(study), summarise(study, Selection(["merge", "switch", "naive"]))
     assert some.labels == ("naive", "merge", "switch")
     for metric in ("instances", "seconds"):
         for label in ("naive", "switch"):
             assert some.cell(metric, label, 3) == whole.cell(metric, label, 3)
     alone = [summary.differences("instances", "merge", 2)["switch"].p for summary in (some, whole)]
     assert alone[0] <= alone[1]
-    write_report(study, tmp_path, labels=["merge", "switch"], per_size=1)
+    write_report(study, tmp_path, selection=Selection(["merge", "switch"]), per_size=1)
     text = (tmp_path / "report.md").read_text()
     assert "`composite`" not in text
     assert "2 methods, 320 pictures" in text
     with pytest.raises(CmloraError, match="no pictures of 'select'; there are cmlora@nonuniform"):
-        summarise(study, ["merge", "select"])
+        summarise(study, Selection(["merge", "select"]))
 
 
 def test_latex_has_no_bare_marks() -> None:
