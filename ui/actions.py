@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmlora.errors import CmloraError
 from cmlora.recipe import Recipe, from_png, save_png
+from cmlora.ui.forms import fields_of
 from cmlora.ui.jobs import Clock, Event, Progress, Result, Ticket, stream
 from cmlora.ui.jobs import Report as Tell
 from cmlora.ui.order import Order, check, check_strengths, with_tags
@@ -62,7 +63,7 @@ def generate(studio: Studio, order: Order, ticket: Ticket) -> Iterator[Event]:
 
     def work(tell: Tell) -> None:
         tell(Progress(0, order.steps * order.pictures, _opening(studio, order.model)))
-        with studio.pipeline(order.model, order.loras, order.sampler) as pipe:
+        with studio.pipeline(order.model, order.loras, order.sampler, order.scopes) as pipe:
             ticket.check()
             recipe = recipe_of(pipe, order, ticket, tell, studio.settings.out)
             clock = Clock(order.steps * order.pictures)
@@ -111,7 +112,7 @@ def complete(studio: Studio, order: Order) -> Order:
     order = check(order, limits)
     studio.model_place(order.model)
     order = with_tags(order, studio.lora_paths(order.model))
-    for name in order.loras:
+    for name in (*order.loras, *order.scopes):
         studio.lora_path(name, order.model)
     order = replace(order, loras=check_strengths(order.loras, limits))
     if not order.loras and order.method != "naive":
@@ -156,6 +157,26 @@ def read_recipe(path: str | Path, limits: Limits) -> Recipe:
     if recipe.threads > limits.threads:
         raise CmloraError(f"threads are {recipe.threads}; this server allows {limits.threads}")
     return recipe
+
+
+def asked_again(studio: Studio, path: str | Path, model: str) -> dict[str, Any]:
+    """Values for the page's fields that ask for the picture in a PNG.
+
+    Args:
+        studio: the server's.
+        path: of the PNG.
+        model: the model that is selected on the page.
+
+    Raises:
+        CmloraError: if the file holds no recipe, or one of another model or of LoRAs that are not
+            here.
+    """
+    recipe = read_recipe(path, studio.settings.limits)
+    if model not in (recipe.model, Path(recipe.model).name):
+        raise CmloraError(
+            f"this picture was made with {Path(recipe.model).name}; select that model first"
+        )
+    return fields_of(recipe, studio.shelf_names(recipe, model))
 
 
 def recipe_of(pipe: CMLoRAPipeline, order: Order, ticket: Ticket, tell: Tell, out: Path) -> Recipe:

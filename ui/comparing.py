@@ -189,7 +189,7 @@ def fill(studio: Studio, sheet: Sheet, ticket: Ticket) -> Iterator[Event]:
         # column by column: the machine's moods hit all methods alike
         for c, r in ((c, r) for c in range(len(sheet.columns)) for r in range(len(sheet.rows))):
             order = orders[r, c]
-            with studio.pipeline(order.model, order.loras, order.sampler) as pipe:
+            with studio.pipeline(order.model, order.loras, order.sampler, order.scopes) as pipe:
                 ticket.check()
                 recipe = recipe_of(pipe, order, ticket, tell, studio.settings.out)
                 words = f"{sheet.rows[r]}, {sheet.columns[c]}"

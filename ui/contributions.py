@@ -141,7 +141,7 @@ def contributions(studio: Studio, order: Order, ticket: Ticket) -> Iterator[Even
 
     def work(tell: Tell) -> None:
         tell(Progress(0, order.steps, "loading"))
-        with studio.pipeline(order.model, order.loras, order.sampler) as pipe:
+        with studio.pipeline(order.model, order.loras, order.sampler, order.scopes) as pipe:
             ticket.check()
             recipe = recipe_of(pipe, order, ticket, tell, studio.settings.out)
             witness, clock = Witness(recipe.method), Clock(order.steps)

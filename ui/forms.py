@@ -26,6 +26,7 @@ FIELDS = (
     "seed",
     "pictures",
     "schedule",
+    "everywhere",
 )
 """The fields of the Generate page, in the order in which its events send them."""
 
@@ -77,14 +78,21 @@ def order_of(*values: Any) -> Order:
         seed=given["seed"] or 0,
         pictures=given["pictures"],
         schedule=(given["schedule"] or "").strip(),
+        scopes=dict.fromkeys(given["everywhere"] or (), "global"),
     )
 
 
-def fields_of(recipe: Recipe) -> dict[str, Any]:
-    """Values for the page's fields that ask for a recipe's picture again; LoRAs and model aside."""
+def fields_of(recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
+    """Values for the page's fields that ask for a recipe's picture again; the model aside.
+
+    Args:
+        recipe: of the picture.
+        names: what the page calls the recipe's LoRAs, by their names in the recipe.
+    """
     named = {cls: name for name, cls in SAMPLERS.items()}
     options = recalled(recipe.method, recipe.options)
     return {
+        "loras": {names[lora.name]: lora.weight for lora in recipe.loras},
         "prompt": recipe.prompt,
         "negative_prompt": recipe.negative_prompt,
         "method": recipe.method,
@@ -98,6 +106,7 @@ def fields_of(recipe: Recipe) -> dict[str, Any]:
         "seed": recipe.seed,
         "pictures": 1,
         "schedule": recipe.schedule,
+        "everywhere": [names[x.name] for x in recipe.loras if x.scope == "global"],
     }
 
 

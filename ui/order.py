@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from cmlora import checks
 from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
+from cmlora.plan import Scope
 from cmlora.schedules.parse import parse_schedule
 from cmlora.strategies import METHODS, check_options
 from cmlora.ui.prompts import tags
@@ -55,6 +56,8 @@ class Order:
         pictures: how many.
         text_encoder: how LoRAs act on the text encoder: ``all``, ``none`` or ``per_lora``.
         schedule: curves of strengths over the run, see `cmlora.schedules.parse`.
+        scopes: by LoRA, ``global`` for one that changes the whole picture, such as a style, or
+            ``local``, where its file does not say so.
     """
 
     model: str
@@ -73,6 +76,7 @@ class Order:
     pictures: int = 1
     text_encoder: str = "all"
     schedule: str = ""
+    scopes: Mapping[str, Any] = field(default_factory=dict)
 
     def wish(self, triggers: str = "") -> Wish:
         """The order as the renderer understands it.
@@ -116,6 +120,8 @@ def check(order: Order, limits: Limits) -> Order:
             )
     checks.choice(_HERE, "text_encoder", order.text_encoder, ("all", "none", "per_lora"))
     checks.choice(_HERE, "sampler", order.sampler, tuple(SAMPLERS))
+    for name, scope in checks.table(_HERE, "scopes", order.scopes).items():
+        checks.choice(_HERE, f"scope of {name[:60]}", scope, get_args(Scope))
     METHODS[order.method]
     parse_schedule(order.schedule)
     if order.cache:

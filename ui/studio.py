@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cmlora.container import sha256
@@ -30,6 +31,7 @@ from cmlora.ui.shelf import Shelf, is_model, is_safetensors, unknown
 if TYPE_CHECKING:
     from cmlora.cost import PassCost
     from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
+    from cmlora.plan import Scope
     from cmlora.recipe import Recipe
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -132,7 +134,11 @@ class Studio:
 
     @contextmanager
     def pipeline(
-        self, model: str, loras: Mapping[str, float], sampler: str = "model's own"
+        self,
+        model: str,
+        loras: Mapping[str, float],
+        sampler: str = "model's own",
+        scopes: Mapping[str, Scope] = MappingProxyType({}),
     ) -> Iterator[CMLoRAPipeline]:
         """The model with exactly these LoRAs, for one request at a time.
 
@@ -140,18 +146,24 @@ class Studio:
             model: its name.
             loras: strengths by name.
             sampler: a key of `SAMPLERS`.
+            scopes: the visitor's labels, by name.
 
         Raises:
             CmloraError: if anything is missing or does not fit; the next request is not harmed.
         """
         files = {name: (self.lora_path(name, model), loras[name]) for name in sorted(loras)}
         adapters: dict[str, tuple[Path, float]] = {}
-        for path, weight in files.values():
-            adapters[library.adapter_name(path, adapters)] = (path, weight)
+        labels: dict[str, Scope | None] = {}
+        for name, (path, weight) in files.items():
+            adapter = library.adapter_name(path, adapters)
+            adapters[adapter], labels[adapter] = (path, weight), scopes.get(name)
         with self._busy:
             pipe = self._open(model)
             pipe.pipe.scheduler = _scheduler(self._own, SAMPLERS[sampler])
             self._fit(pipe, adapters)
+            for adapter, scope in labels.items():
+                held = pipe.ensemble.loras
+                held[adapter] = replace(held[adapter], scope=scope)
             yield pipe
 
     @contextmanager
@@ -187,6 +199,15 @@ class Studio:
             self._fit(pipe, {lora.name: (paths[lora.name], lora.weight) for lora in recipe.loras})
             pipe.pipe.scheduler = _recipe_scheduler(recipe)
             yield pipe
+
+    def shelf_names(self, recipe: Recipe, model: str) -> dict[str, str]:
+        """What the list of LoRAs calls those of a recipe, by their names in the recipe.
+
+        Raises:
+            CmloraError: if one of them is not here.
+        """
+        listed = {path: name for name, path in self.lora_paths(model).items()}
+        return {name: listed[path] for name, path in self._by_hash(recipe, model).items()}
 
     def remember(self, sha: str, profile: Profile) -> None:
         """Keep a measured profile until the server ends; later pictures are ordered by it.

@@ -9,15 +9,25 @@ from typing import Any
 import gradio as gr
 
 from cmlora.caching.policy import POLICIES
+from cmlora.errors import CmloraError
 from cmlora.strategies import METHODS
-from cmlora.ui.actions import Picture, generate, replay
-from cmlora.ui.forms import FIELDS, order_of
+from cmlora.ui.actions import Picture, asked_again, generate, replay
+from cmlora.ui.cards import cards
+from cmlora.ui.forms import FIELDS, order_of, read_selection
 from cmlora.ui.jobs import Event, Progress, Ticket
 from cmlora.ui.natives import natives_or_guess
 from cmlora.ui.order import SAMPLERS
-from cmlora.ui.panels import busy, message, method_note, recipe_panel, stage, summary
+from cmlora.ui.panels import (
+    busy,
+    lora_list,
+    message,
+    method_note,
+    recipe_panel,
+    stage,
+    summary,
+)
 from cmlora.ui.previews import data_uri
-from cmlora.ui.rail import FOLLOWING, Rail, adapt_prompt
+from cmlora.ui.rail import FOLLOWING, Rail, adapt_prompt, selection_json
 from cmlora.ui.studio import Studio
 from cmlora.ui.talk import sentence
 
@@ -106,6 +116,14 @@ def build(studio: Studio, rail: Rail) -> Generate:
                     placeholder="[<lora:ink:1>:0.2,0.8] or <lora:ink:0@0,1@0.5>",
                     elem_id="schedule",
                 )
+                everywhere = gr.Dropdown(
+                    [],
+                    value=[],
+                    multiselect=True,
+                    label="LoRAs that act on the whole picture",
+                    info="Styles, for gate, select and auto. Files that say so need no mention.",
+                    elem_id="everywhere",
+                )
             cost = gr.HTML(elem_id="cost")
             with gr.Row():
                 go = gr.Button(
@@ -133,6 +151,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
                 save = gr.DownloadButton(
                     "Download PNG", interactive=False, min_width=140, elem_id="download"
                 )
+                reuse = gr.Button("Use its settings", min_width=140, elem_id="reuse")
                 to_compare = gr.Button("Send to compare", min_width=140, elem_id="to-compare")
             recipe = gr.HTML(
                 message("The recipe of a picture appears here; it is also inside the PNG."),
@@ -165,6 +184,7 @@ def build(studio: Studio, rail: Rail) -> Generate:
                 seed,
                 pictures,
                 schedule,
+                everywhere,
             ),
             strict=True,
         )
@@ -220,6 +240,34 @@ def build(studio: Studio, rail: Rail) -> Generate:
         [prompt, rail.before],
         **quiet,
     )
+
+    refilled = [name for name in FIELDS if name not in ("model", "loras")]
+
+    def on_reuse(path: str | None, model: str) -> list[Any]:
+        try:
+            if path is None:
+                raise CmloraError("there is no picture yet")
+            found = asked_again(studio, path, model)
+        except Exception as error:
+            return [gr.skip()] * (len(refilled) + 3) + [message(sentence(error), "error")]
+        loras = found["loras"]
+        found["everywhere"] = gr.Dropdown(list(loras), value=found["everywhere"])
+        listing = lora_list(cards(studio, model), loras)
+        selection = [listing, selection_json(loras), list(loras)]
+        return [*(found[name] for name in refilled), *selection, gr.skip()]
+
+    reuse.click(
+        on_reuse,
+        [save, rail.model],
+        [*(fields[name] for name in refilled), rail.listing, rail.loras, rail.before, recipe],
+        **quiet,
+    )
+
+    def on_selection(text: str, listed: list[str]) -> Any:
+        names = list(read_selection(text))
+        return gr.Dropdown(names, value=[name for name in listed or () if name in names])
+
+    rail.loras.change(on_selection, [rail.loras, everywhere], everywhere, **FOLLOWING)
 
     def on_model(name: str) -> list[Any]:
         fit = natives_or_guess(studio, name)

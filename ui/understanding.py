@@ -99,7 +99,12 @@ def members(studio: Studio, order: Order) -> tuple[Member, ...]:
         except CmloraError as error:
             raise CmloraError(without_path(str(error), path)) from None
         profile = studio.profile(path)
-        member = Member(adapter, order.loras[name], category=head.metadata.get("cmlora.category"))
+        member = Member(
+            adapter,
+            order.loras[name],
+            category=head.metadata.get("cmlora.category"),
+            scope=order.scopes.get(name),
+        )
         if profile is not None and math.isfinite(profile.frequency):
             member = replace(member, frequency=profile.frequency, window=profile.window)
         found[adapter] = member

@@ -99,6 +99,10 @@ class Page:
             self.click(f'.lora[data-name="{name}"] input[type=checkbox]')
             self.wait(lambda name=name: f'"{name}"' in self.value("#lora-state"))  # type: ignore[misc]
 
+    def selected(self) -> list[Any]:
+        """The names of the LoRAs whose boxes are checked."""
+        return [row.get_attribute("data-name") for row in self.all(".lora:has(input:checked)")]
+
     def value(self, holder: str) -> str:
         """The text in the field inside an element."""
         text: str = self.one(f"{holder} textarea, {holder} input").get_attribute("value")

@@ -122,6 +122,36 @@ def test_a_dropped_picture_comes_back(page: Page, server: Server, tmp_path: Path
     assert path.read_bytes() == dropped.read_bytes()
 
 
+def test_settings_of_a_picture_come_back(page: Page, server: Server) -> None:
+    page.click("#reuse")
+    page.wait(lambda: "no picture yet" in page.one("#recipe").text)
+    page.pick("cat", "hat")
+    page.wait(lambda: page.value("#prompt") == "the cat, the hat")
+    page.fill("#prompt textarea", "a cat, a hat")
+    page.fill('.lora[data-name="hat"] input[type=range]', "0.5")
+    page.wait(lambda: "0.5" in page.value("#lora-state"))
+    page.fill("#steps input[type=number]", "4")
+    page.fill("#seed input", "9")
+    _generate(page)
+    path, first = newest(server.studio.settings.out)
+    page.pick("ink")
+    page.wait(lambda: page.value("#prompt").endswith("the ink"))
+    page.fill('.lora[data-name="hat"] input[type=range]', "0.8")
+    page.wait(lambda: "0.8" in page.value("#lora-state"))
+    page.fill("#seed input", "5")
+    page.click("#reuse")
+    page.wait(lambda: page.value("#prompt") == "a cat, a hat")
+    assert json.loads(page.value("#lora-state")) == {"cat": 1, "hat": 0.5}
+    page.wait(lambda: page.selected() == ["cat", "hat"], seconds=10)
+    page.wait(lambda: page.value('.lora[data-name="hat"] .strength') == "0.5", seconds=10)
+    path.unlink()
+    _generate(page)
+    again, second = newest(server.studio.settings.out)
+    assert again == path
+    assert second == first
+    assert page.errors() == []
+
+
 def test_a_broken_file_says_what_is_wrong(page: Page) -> None:
     torn = page.one('.lora.broken[data-name="torn"]')
     assert "cut short" in torn.text

@@ -1,16 +1,18 @@
 """Fields become orders and recipes become fields; what a model suits is read without loading it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from cmlora.cli.app import app
 from cmlora.errors import CmloraError
-from cmlora.recipe import Ingredient, Recipe
-from cmlora.ui.actions import Picture
-from cmlora.ui.forms import FIELDS, fields_of, order_of, read_selection
+from cmlora.recipe import Ingredient, Recipe, save_png
+from cmlora.ui.actions import Picture, asked_again
+from cmlora.ui.forms import FIELDS, order_of, read_selection
 from cmlora.ui.natives import natives, natives_or_guess
 from cmlora.ui.order import Order
 from cmlora.ui.panels import lora_list, method_note, recipe_panel, stage, summary
@@ -35,6 +37,7 @@ _VALUES = {
     "seed": None,
     "pictures": 2,
     "schedule": None,
+    "everywhere": ["cat"],
 }
 
 
@@ -50,13 +53,14 @@ def test_fields_become_an_order() -> None:
         steps=12,
         guidance=4,
         pictures=2,
+        scopes={"cat": "global"},
     )
 
 
 def test_a_recipe_fills_the_fields_that_make_it_again(warm: Studio) -> None:
     (picture,) = made(warm, method="switch", options={"tau": "2"}, sampler="Euler")
-    fields = fields_of(picture.recipe)
-    fields |= {"model": "tiny", "loras": {"cat": 1.0, "hat": 0.8}}
+    fields = asked_again(warm, picture.path, "tiny") | {"model": "tiny"}
+    assert fields["loras"] == {"cat": 1.0, "hat": 0.8}
     (again,) = made(warm, **vars(order_of(*(fields[name] for name in FIELDS))))
     assert again.recipe == picture.recipe
 
@@ -129,3 +133,32 @@ def test_the_command_refuses_mistakes_in_one_line(tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert words in " ".join(result.stderr.split())
         assert "Traceback" not in result.output
+
+
+def test_what_acts_on_the_whole_picture_is_of_one_request(warm: Studio) -> None:
+    def drawn(**changes: Any) -> Any:
+        (picture,) = made(warm, method="gate", **changes)
+        return picture.recipe, picture.path, Image.open(picture.path).tobytes()
+
+    recipe, path, wide = drawn(scopes={"cat": "global"})
+    assert {lora.name: lora.scope for lora in recipe.loras} == {"cat": "global", "hat": None}
+    assert asked_again(warm, path, "tiny")["everywhere"] == ["cat"]
+    plain, _, narrow = drawn()
+    assert {lora.scope for lora in plain.loras} == {None}
+    assert wide != narrow
+    assert drawn(scopes={"hat": "local", "cat": "local"})[2] == narrow
+    with pytest.raises(CmloraError, match="no LoRA 'dog'"):
+        made(warm, scopes={"dog": "global"})
+
+
+def test_settings_of_another_model_or_of_missing_loras_are_refused(
+    warm: Studio, tmp_path: Path
+) -> None:
+    (picture,) = made(warm)
+    with pytest.raises(CmloraError, match="made with tiny; select that model first"):
+        asked_again(warm, picture.path, "emoji")
+    foreign = tmp_path / "foreign.png"
+    loras = tuple(replace(lora, sha256="0" * 64) for lora in picture.recipe.loras)
+    save_png(Image.open(picture.path), foreign, replace(picture.recipe, loras=loras))
+    with pytest.raises(CmloraError, match="is not in the LoRA folders"):
+        asked_again(warm, foreign, "tiny")

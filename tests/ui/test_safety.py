@@ -150,6 +150,8 @@ def test_the_hub_is_off_unless_asked_for(
         ({"loras": {"cat": "1"}}, "strength"),
         ({"loras": ["cat"]}, "loras"),
         ({"options": ["tau"]}, "options"),
+        ({"scopes": {"cat": "wide"}}, "scope of cat is 'wide'"),
+        ({"scopes": ["cat"]}, "scopes"),
         ({"method": "magic"}, "magic"),
         ({"sampler": "__class__"}, "sampler"),
         ({"cache": "magic"}, "magic"),

@@ -35,7 +35,8 @@
     }, delay);
   };
 
-  // A list that the server draws anew may keep the boxes of the old one: the rows are right.
+  // A list that the server draws anew may keep the boxes and sliders of the old one, whatever it
+  // says itself: the rows and the numbers in them are right.
   const settle = () => {
     for (const row of rows()) {
       const box = row.querySelector("input[type=checkbox]");
@@ -44,11 +45,17 @@
       const slider = row.querySelector("input[type=range]");
       if (box.checked !== on) box.checked = on;
       if (slider.disabled === on) slider.disabled = !on;
+      const shown = row.querySelector("output").textContent;
+      if (Number(slider.value).toFixed(2) !== shown) slider.value = shown;
     }
   };
-  document.addEventListener("DOMContentLoaded", () =>
-    new MutationObserver(settle).observe(document.body, { childList: true, subtree: true }),
-  );
+  const watch = () =>
+    new MutationObserver(settle).observe(document.body, {
+      childList: true, subtree: true, characterData: true, attributeFilter: ["class"],
+    });
+  // gradio may run this before or after the page has been read
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", watch);
+  else watch();
 
   document.addEventListener("input", (event) => {
     const target = event.target;
