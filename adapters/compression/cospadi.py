@@ -8,6 +8,9 @@ from torch import Tensor
 from cmlora.adapters.compression.form import Sparse, check_keep, root
 from cmlora.adapters.compression.rocket import layout
 
+_RIDGE = 1e-10  # where two atoms of a row are the same
+_TURNS = 100
+
 
 def cospadi(
     matrix: Tensor, keep: float, gram: Tensor | None = None, sweeps: int = 8
@@ -43,7 +46,7 @@ def cospadi(
 
 
 def pursue(rows: Tensor, atoms: Tensor, count: int) -> Tensor:
-    """Orthogonal matching pursuit of all rows at once.
+    """Orthogonal matching pursuit of all rows at once, by growing Cholesky factors (Batch-OMP).
 
     Args:
         rows: (O, I).
@@ -53,19 +56,29 @@ def pursue(rows: Tensor, atoms: Tensor, count: int) -> Tensor:
     Returns:
         Codes (O, k) with at most s that are not zero in a row.
     """
-    chosen = torch.zeros(len(rows), 0, dtype=torch.long)
-    solved = rows.new_zeros(len(rows), 0)
     matches, square = rows @ atoms.T, atoms @ atoms.T
-    left = matches
-    for _ in range(count):
-        free = left.abs().scatter(1, chosen, -1.0)
-        chosen = torch.cat([chosen, free.argmax(1, keepdim=True)], 1)
-        # (O, s, s) normal equations of each row's own atoms
-        normal = square[chosen[:, :, None], chosen[:, None, :]]
-        normal = normal + 1e-10 * torch.eye(normal.shape[1], dtype=rows.dtype)
-        solved = torch.linalg.solve(normal, matches.gather(1, chosen))
-        left = matches - torch.einsum("os,osk->ok", solved, square[chosen])
-    return torch.zeros_like(matches).scatter_(1, chosen, solved)
+    chosen = torch.zeros(len(rows), 0, dtype=torch.long)
+    # of each row's normal equations, the matches of its atoms, and the solution
+    factor = rows.new_zeros(len(rows), count, count)
+    wanted, codes = rows.new_zeros(len(rows), count), torch.zeros_like(matches)
+    for step in range(count):
+        free = (matches - codes @ square).abs().scatter(1, chosen, -1.0)
+        atom = free.argmax(1, keepdim=True)
+        known = factor[:, :step, :step]
+        corner = torch.full_like(atom, 1.0 + _RIDGE, dtype=rows.dtype)
+        if step:
+            beside = square[chosen, atom][:, :, None]
+            edge = torch.linalg.solve_triangular(known, beside, upper=False)[:, :, 0]
+            factor[:, step, :step] = edge
+            corner -= edge.square().sum(1, keepdim=True)
+        factor[:, step, step] = corner.clamp_min(_RIDGE)[:, 0].sqrt()
+        wanted[:, step] = matches.gather(1, atom)[:, 0]
+        chosen = torch.cat([chosen, atom], 1)
+        solved = torch.cholesky_solve(
+            wanted[:, : step + 1, None], factor[:, : step + 1, : step + 1]
+        )
+        codes.scatter_(1, chosen, solved[:, :, 0])
+    return codes
 
 
 def improve(rows: Tensor, atoms: Tensor, codes: Tensor) -> None:
@@ -83,6 +96,27 @@ def improve(rows: Tensor, atoms: Tensor, codes: Tensor) -> None:
                 atoms[index] = worst / worst.norm()
             continue
         own = rest[users] + codes[users, index][:, None] * atoms[index]
-        u, s, vh = torch.linalg.svd(own, full_matrices=False)
-        atoms[index], codes[users, index] = vh[0], s[0] * u[:, 0]
+        atoms[index], codes[users, index] = leading(own, codes[users, index])
         rest[users] = own - codes[users, index][:, None] * atoms[index]
+
+
+def leading(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The first right singular vector (I,) and the matrix times it (O,), by power iteration.
+
+    Every turn is a least squares fit of one of the two, so the product fits no worse than any
+    ``start v^T`` does, even where singular values are close and turns run out.
+
+    Args:
+        matrix: (O, I).
+        start: (O,), not orthogonal to the first left singular vector.
+    """
+    left, size = start, 0.0
+    for _ in range(_TURNS):
+        right = matrix.T @ left
+        right = right / right.norm().clamp_min(torch.finfo(right.dtype).tiny)
+        left = matrix @ right
+        now = float(left.norm())
+        if now <= size * (1 + 1e-12):
+            break
+        size = now
+    return right, left

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cmlora.adapters.calibration import grams
 from cmlora.adapters.compression import COMPRESSIONS, RULES
-from cmlora.adapters.compression.cospadi import improve, pursue
+from cmlora.adapters.compression.cospadi import improve, leading, pursue
 from cmlora.adapters.compression.form import GRID, Factors, Form, Sparse, dense, nbytes, root
 from cmlora.adapters.compression.heal import Call, heal
 from cmlora.adapters.compression.layers import CompactLinear, matrix_of
@@ -305,6 +305,22 @@ def test_an_atom_update_never_raises_the_error() -> None:
         before = float((rows - codes @ atoms).norm())
         improve(rows, atoms, codes)
         assert float((rows - codes @ atoms).norm()) <= before + 1e-9
+
+
+@pytest.mark.parametrize("shape", [(9, 30), (30, 9), (1, 5), (5, 1)])
+def test_the_leading_pair_fits_as_well_as_the_decomposition(shape: tuple[int, int]) -> None:
+    matrix, start = random(*shape).double(), random(shape[0], 1, seed=2).double()[:, 0]
+    right, left = leading(matrix, start)
+    assert torch.allclose(left, matrix @ right)
+    found = float((matrix - torch.outer(left, right)).norm())
+    least = float(torch.linalg.svdvals(matrix)[1:].norm())
+    assert least - 1e-9 <= found <= least * (1 + 1e-4) + 1e-9
+
+
+def test_leading_of_nothing_is_nothing() -> None:
+    right, left = leading(torch.zeros(3, 4).double(), torch.zeros(3).double())
+    assert not left.any()
+    assert right.isfinite().all()
 
 
 def test_a_union_of_subspaces_needs_a_learnt_dictionary() -> None:
