@@ -165,7 +165,7 @@ def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace, base: floa
         "| accuracy, healed |",
         "|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    for own in (r for r in rows if not r["healed"]):
+    for own in sorted((r for r in rows if not r["healed"]), key=lambda r: -r["keep"]):
         name = f"| {own['keep']:.0%} | `{own['method']}` | {own['spread'] or 'evenly'} "
         name += f"| {own['learnt'] or '-'} "
         if "no" in own:

@@ -164,19 +164,19 @@ def test_features_of_other_strengths_are_not_reused() -> None:
 
 def test_auto_chooses_a_cache_and_says_why(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with compose(pipe, NAMES, method="auto") as active:
-        shared = tiny.run(pipe, steps=12)
+        shared = tiny.run(pipe, steps=10)
     assert active.reason.startswith("gate: in one pass per step")
     with compose(pipe, NAMES, method="gate"):
-        assert torch.equal(tiny.run(pipe, steps=12), shared)
+        assert torch.equal(tiny.run(pipe, steps=10), shared)
     layer: Any = next(m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer))
     monkeypatch.setitem(layer.lora_bias, NAMES[0], True)  # no plain LoRA any more
     with compose(pipe, NAMES, method="auto") as active:
-        tiny.run(pipe, steps=12)
+        tiny.run(pipe, steps=10)
     assert active.reason.startswith("select with uniform:2 and a shared unconditional branch")
-    assert sum(active.report.light.values()) == 6 * 2.5
+    assert sum(active.report.light.values()) == 5 * 2.5
     with compose(pipe, NAMES, method="select", cache="uniform:2", uncond="shared"):
-        expected = tiny.run(pipe, steps=12)
+        expected = tiny.run(pipe, steps=10)
     with compose(pipe, NAMES, method="auto"):
-        assert torch.equal(tiny.run(pipe, steps=12), expected)
+        assert torch.equal(tiny.run(pipe, steps=10), expected)
     with compose(pipe, NAMES, method="merge") as plain:
         assert plain.reason == ""

@@ -70,7 +70,7 @@ def test_every_method_makes_another_picture(pipe: Any) -> None:
     ]
     roles: Any = {"a": "low"}
     made = {
-        method: picture(pipe, NAMES, method, roles=roles, **OPTIONS.get(method, {}))
+        method: picture(pipe, NAMES, method, steps=4, roles=roles, **OPTIONS.get(method, {}))
         for method in METHODS
     }
     for method, ours in made.items():

@@ -230,13 +230,13 @@ def test_the_old_name_of_dtype_is_on_its_way_out(model_folder: Path, pipe: Any) 
 
 
 def test_hotswapping_refuses_text_encoders(tmp_path: Path) -> None:
-    pipe = tiny.sd15(**tiny.WHOLE)
+    pipe = tiny.sd15()
     one = save(trainers.lora(pipe, name="one"), tmp_path / "one.safetensors")
     two = save(trainers.lora(pipe, name="two", seed=1), tmp_path / "two.safetensors")
     pipe.load_lora_weights(str(one), adapter_name="x")
     with pytest.raises(ValueError, match="not supported for text encoders"):
         pipe.load_lora_weights(str(two), adapter_name="x", hotswap=True)
-    ours, fresh = tiny.sd15(**tiny.WHOLE), tiny.sd15(**tiny.WHOLE)
+    ours, fresh = tiny.sd15(), tiny.sd15()
     files.load(ours, one, "x")
     ours.delete_adapters("x")
     files.load(ours, two, "x")
