@@ -6,7 +6,7 @@ cut from larger ones that were sorted by nested training (Maestro). On the embed
 says how much of what the prompts ask for is in the pictures; other models have no such judge.
 
     python benchmarks/compression.py                       # writes benchmarks/compression.md
-    python benchmarks/compression.py --quick               # two sizes, in about 20 minutes
+    python benchmarks/compression.py --quick               # two sizes, less learning: an hour
     python benchmarks/compression.py --model path --prompts "a cat" --keep 0.7 --heal 2 --out x.md
     python benchmarks/compression.py --methods svd rocket+knapsack svd+steer --out x.md
 """
@@ -156,7 +156,8 @@ def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace, base: floa
         "",
         f"`python benchmarks/compression.py --model {options.model}`; healing takes {options.heal} "
         f"steps, steering {options.steer}, nesting {options.nest}. Away is the root mean square "
-        "distance of the answers at other noise from the original's, relative to them; accuracy is "
+        "distance of the answers, at other noise and between the noise levels that were asked at, "
+        "from the original's, relative to them; accuracy is "
         f"over {options.scenes} scenes.{known} "
         f"{len({tuple(r[key] for key in keys) for r in rows})} of {options.count} "
         "combinations of method and size have been run.",
@@ -188,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="compression of a denoiser")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--prompts", nargs="*", default=[])
-    parser.add_argument("--quick", action="store_true", help="little of it, in about 20 minutes")
+    parser.add_argument("--quick", action="store_true", help="little of it, in about an hour")
     parser.add_argument("--keep", nargs="+", type=float)
     parser.add_argument(
         "--methods", nargs="+", default=[], help="such as rocket+knapsack, svd+steer"

@@ -13,29 +13,49 @@ from cmlora.pipelines.calibrate import parts
 from cmlora.pipelines.whole import asked
 
 STEPS = 4
+SPREAD = 4
 
 
 def questions(
-    pipe: Any, prompts: Sequence[str], *, steps: int = STEPS, seed: int = 0, **arguments: Any
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    steps: int = STEPS,
+    spread: int = SPREAD,
+    seed: int = 0,
+    **arguments: Any,
 ) -> list[Call]:
     """What the denoiser is asked while a pipeline draws.
+
+    Each prompt begins at another step and goes on in strides, so that together they ask at many
+    noise levels: a model trained on a few of them may answer better there and worse elsewhere.
 
     Args:
         pipe: a diffusers pipeline.
         prompts: each is drawn once.
-        steps: denoising steps per prompt.
-        seed: of the first prompt; each next one has the next.
+        steps: denoising steps per prompt that are kept.
+        spread: so many times as many steps are made.
+        seed: of the first prompt; each next one has the next. Seeds of 0 and 1 keep other steps of
+            the same prompt.
         arguments: for the pipeline's call.
     """
     models = parts(pipe)
     denoiser = next(models[name] for name in DENOISERS if name in models)
-    with asked(denoiser) as calls, torch.no_grad():
-        for index, text in enumerate(prompts):
-            noise = torch.Generator("cpu").manual_seed(seed + 1000 * index)
+    found = []
+    for index, text in enumerate(prompts):
+        noise = torch.Generator("cpu").manual_seed(seed + 1000 * index)
+        with asked(denoiser) as calls, torch.no_grad():
             pipe(
-                text, num_inference_steps=steps, generator=noise, output_type="latent", **arguments
+                text,
+                num_inference_steps=steps * spread,
+                generator=noise,
+                output_type="latent",
+                **arguments,
             )
-    return [_call(call) for call in calls]
+        each = max(1, round(len(calls) / (steps * spread)))  # two where guidance takes two
+        phase = (index + seed * (spread // 2)) % spread
+        found += [c for number, c in enumerate(calls) if number // each % spread == phase]
+    return [_call(call) for call in found]
 
 
 def away(model: nn.Module, original: nn.Module, calls: Sequence[Call]) -> float:
