@@ -156,7 +156,7 @@ def page(rows: Sequence[dict[str, Any]], options: argparse.Namespace, base: floa
         "",
         f"`python benchmarks/compression.py --model {options.model}`; healing takes {options.heal} "
         f"steps, steering {options.steer}, nesting {options.nest}. Away is the root mean square "
-        "distance of the answers, at other noise and between the noise levels that were asked at, "
+        "distance of the answers, at other noise and for every prompt at other noise levels, "
         "from the original's, relative to them; accuracy is "
         f"over {options.scenes} scenes.{known} "
         f"{len({tuple(r[key] for key in keys) for r in rows})} of {options.count} "

@@ -54,5 +54,5 @@ class Selection:
             shared = Counter((record.ids, record.seed) for record in left)
             left = [record for record in left if shared[record.ids, record.seed] == methods]
         if not left:
-            raise CmloraError("the methods have no set and seed in common")
+            raise CmloraError("these methods, sizes and seeds have no set and seed in common")
         return tuple(left)
