@@ -17,6 +17,7 @@ from cmlora.lora import LoRA
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.models import EMBEDDED
 from cmlora.pipelines.objectives import STEPS, active, denoiser_of, draw, recording
+from cmlora.pipelines.questions import SPREAD, strided
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def clip_entropy(
     *,
     prompts: Mapping[str, Sequence[str]] | None = None,
     steps: int = STEPS,
+    spread: int = SPREAD,
     seed: int = 0,
     guidance_scale: float = 1.0,
 ) -> Certainty:
@@ -101,7 +103,8 @@ def clip_entropy(
         pipe: the embedded model, with no LoRA active.
         loras: two or more with different prompts, at the strength they are wanted at.
         prompts: by LoRA; the first trigger word of those that are missing.
-        steps: denoising steps.
+        steps: denoising steps per prompt that are kept.
+        spread: so many times as many steps are made, and every prompt keeps other ones.
         seed: of the initial noise.
         guidance_scale: of the pictures.
 
@@ -123,10 +126,10 @@ def clip_entropy(
     if len(asked) < 2:
         raise CmloraError("clip_entropy tells prompts apart: give LoRAs with different ones")
     calls: list[Mapping[str, Any]] = []
-    for text, lora in asked.items():
+    for phase, (text, lora) in enumerate(asked.items()):
         with active(pipe, lora), recording(denoiser) as found:
-            draw(pipe, text, steps, seed, guidance_scale=guidance_scale)
-        calls += [call for call, _ in found]
+            draw(pipe, text, steps * spread, seed, guidance_scale=guidance_scale)
+        calls += [call for call, _ in strided(found, steps, spread, phase)]
     judge, tokenizer = clip.load()
     judge.requires_grad_(False)
     pipe.pipe.vae.requires_grad_(False)

@@ -17,6 +17,7 @@ from cmlora.pipelines.calibrate import parts
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.coefficients import Score
 from cmlora.pipelines.models import EMBEDDED
+from cmlora.pipelines.questions import SPREAD, strided
 from cmlora.switching import AdapterSwitch
 
 STEPS = 4
@@ -28,6 +29,7 @@ def distill(
     *,
     prompts: Mapping[str, Sequence[str]] | None = None,
     steps: int = STEPS,
+    spread: int = SPREAD,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
     **arguments: Any,
@@ -41,7 +43,8 @@ def distill(
         pipe: the model, with no LoRA active.
         loras: with different names, at the strength they are wanted at.
         prompts: by LoRA; the first trigger word of those that are missing.
-        steps: denoising steps, each of which is a question.
+        steps: denoising steps per prompt that are kept, each of which is a question.
+        spread: so many times as many steps are made, and every prompt keeps other ones.
         seed: of the initial noise.
         advance: called after every LoRA.
         arguments: for the pipeline's call, such as ``guidance_scale``.
@@ -51,14 +54,17 @@ def distill(
     """
     component, denoiser = denoiser_of(pipe)
     questions: list[Question] = []
+    phase = 0
     for lora in loras:
         texts = (prompts or {}).get(lora.name) or lora.triggers[:1]
         if not texts:
             raise CmloraError(f"no prompt for {lora.name}, whose file names no trigger words")
         for text in texts:
             with active(pipe, lora), recording(denoiser) as calls:
-                draw(pipe, text, steps, seed, **arguments)
-            for call, wanted in calls:
+                draw(pipe, text, steps * spread, seed, **arguments)
+            kept = strided(calls, steps, spread, phase)
+            phase += 1
+            for call, wanted in kept:
                 with torch.no_grad():
                     alone = answer(denoiser, call)
                 size = float((wanted - alone).square().mean())
@@ -84,7 +90,7 @@ def denoise_mse(
         pipe: the model, with no LoRA active; it has an autoencoder and one prediction type.
         pictures: what the merged LoRA should draw; brought to the model's size.
         prompt: for all of them.
-        steps: timesteps per picture, spread over the schedule.
+        steps: timesteps per picture, spread over the schedule; every picture has other ones.
         seed: of the noise.
 
     Raises:
@@ -102,11 +108,12 @@ def denoise_mse(
     sample = template["sample"]
     generator = torch.Generator().manual_seed(seed)
     questions = []
-    for picture in pictures:
+    count = len(scheduler.alphas_cumprod)
+    for place, picture in enumerate(pictures):
         clean = encoded(pipe.pipe, picture, tuple(sample.shape[-2:]))
+        offset = (place + 0.5) / len(pictures)
         for index in range(steps):
-            count = len(scheduler.alphas_cumprod)
-            timestep = torch.tensor([int((index + 0.5) / steps * count)])
+            timestep = torch.tensor([int((index + offset) / steps * count)])
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             alpha = scheduler.alphas_cumprod[timestep].to(clean)
             noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise

@@ -1,7 +1,7 @@
 """Calls of a denoiser as they happen in a pipeline, to be asked again of other models."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from cmlora.pipelines.whole import asked
 
 STEPS = 4
 SPREAD = 4
+Kept = TypeVar("Kept")
 
 
 def questions(
@@ -52,10 +53,21 @@ def questions(
                 output_type="latent",
                 **arguments,
             )
-        each = max(1, round(len(calls) / (steps * spread)))  # two where guidance takes two
-        phase = (index + seed * (spread // 2)) % spread
-        found += [c for number, c in enumerate(calls) if number // each % spread == phase]
+        found += strided(calls, steps, spread, index + seed * (spread // 2))
     return [_call(call) for call in found]
+
+
+def strided(calls: Sequence[Kept], steps: int, spread: int, phase: int) -> list[Kept]:
+    """The calls of every ``spread``-th denoising step.
+
+    Args:
+        calls: of ``steps * spread`` denoising steps, one or two for each.
+        steps: that are kept.
+        spread: the stride.
+        phase: which step is the first, modulo the stride.
+    """
+    each = max(1, round(len(calls) / (steps * spread)))  # two where guidance takes two
+    return [call for at, call in enumerate(calls) if at // each % spread == phase % spread]
 
 
 def away(model: nn.Module, original: nn.Module, calls: Sequence[Call]) -> float:

@@ -4,7 +4,6 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from cmlora import __version__
@@ -13,7 +12,7 @@ from cmlora.cli.bake import bake
 from cmlora.cli.calib import calib
 from cmlora.cli.compare import compare
 from cmlora.cli.compress import compress
-from cmlora.cli.console import err
+from cmlora.cli.console import err, headed
 from cmlora.cli.convert import convert
 from cmlora.cli.cost import cost
 from cmlora.cli.doctor import doctor
@@ -49,7 +48,7 @@ class Commands(TyperGroup):
                 warnings.showwarning = _show  # one line instead of a place in the source
                 return super().invoke(ctx)
         except CmloraError as mistake:
-            err.print(f"[red]error:[/red] {escape_one_line(str(mistake))}", soft_wrap=True)
+            err.print(headed("error", one_line(str(mistake)), "red"), soft_wrap=True)
             raise typer.Exit(MISTAKE) from None
         except KeyboardInterrupt:
             err.print("interrupted; what was finished is kept")
@@ -57,12 +56,12 @@ class Commands(TyperGroup):
 
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:
-    err.print(f"[yellow]warning:[/yellow] {escape_one_line(str(message))}", soft_wrap=True)
+    err.print(headed("warning", one_line(str(message)), "yellow"), soft_wrap=True)
 
 
-def escape_one_line(message: str) -> str:
-    """The message on one line, with square brackets that are not markup."""
-    return escape(" ".join(message.split()))
+def one_line(message: str) -> str:
+    """The message without line breaks and runs of blanks."""
+    return " ".join(message.split())
 
 
 app = typer.Typer(

@@ -9,9 +9,11 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+# Without markup: names of files and LoRAs, and of variants, have square brackets of their own.
+err = Console(stderr=True, highlight=False, markup=False)
+out = Console(highlight=False, markup=False)
 
 
 def emit(result: Any) -> None:
@@ -19,11 +21,16 @@ def emit(result: Any) -> None:
     typer.echo(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def headed(head: str, words: str, style: str = "bold") -> Text:
+    """A line whose beginning stands out."""
+    return Text.assemble((f"{head}:", style), f" {words}")
+
+
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Progress]:
     """A bar on stderr with one task; `bar.advance(bar.task_ids[0])` moves it."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
     )

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from cmlora.cli.console import emit, err, out, status
+from cmlora.cli.console import emit, err, headed, out, status
 from cmlora.cli.options import AsJson, LoRAFolder
 from cmlora.errors import CmloraError
 
@@ -112,9 +111,9 @@ def doctor(
             table.add_row(" / ".join(pair["loras"]), *numbers, f"{pair['stacking']:.2f}")
         out.print(table)
     for advice in report.advice:
-        out.print(f"[bold]{advice.topic}:[/bold] {advice.do}", soft_wrap=True)
+        out.print(headed(advice.topic, advice.do), soft_wrap=True)
         out.print(f"  because {advice.because}", soft_wrap=True)
-    out.print(f"[bold]recipe:[/bold] {escape(proposal.words())}", soft_wrap=True)
+    out.print(headed("recipe", proposal.words()), soft_wrap=True)
     out.print(f"  because {proposal.reason}", soft_wrap=True)
     model = "" if report.family == BASES[EMBEDDED] else " --model MODEL"
     draw = f"cmlora generate --recipe {recipe or 'advice.json'}{model}"

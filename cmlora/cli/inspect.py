@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Column, Table
 
 from cmlora.cli.console import emit, out
@@ -56,24 +55,24 @@ def inspect(
 
 def _show(facts: dict[str, Any]) -> None:
     """One file as a table for people, and one of its blocks."""
-    title = escape(Path(facts["file"]).name)
+    title = Path(facts["file"]).name
     table = Table("what", Column("found", overflow="fold"), title=title)
     for key, value in facts.items():
         if key == "use":
-            table.add_row(key, escape(value["words"]))
+            table.add_row(key, value["words"])
         elif key == "diffusers":
-            table.add_row(key, escape(_diffusers(value)))
+            table.add_row(key, _diffusers(value))
         elif key == "leftover":
-            table.add_row(key, escape(_listed([f"{k} ({why})" for k, why in value.items()])))
+            table.add_row(key, _listed([f"{k} ({why})" for k, why in value.items()]))
         elif key != "blocks":
-            table.add_row(key, escape(_words(value)))
+            table.add_row(key, _words(value))
     out.print(table)
     if "blocks" not in facts:
         return
     blocks = Table("block", "modules", "rank", "alpha")
     for name, block in facts["blocks"].items():
         row = _words(block["rank"]), _words([f"{alpha:g}" for alpha in block["alpha"]])
-        blocks.add_row(escape(name), str(block["modules"]), *row)
+        blocks.add_row(name, str(block["modules"]), *row)
     out.print(blocks)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Column, Table
 
 from cmlora.cli import arguments
-from cmlora.cli.console import emit, err, out, status
+from cmlora.cli.console import emit, err, headed, out, status
 from cmlora.errors import CmloraError
 
 
@@ -65,5 +65,5 @@ def strength(
         table.add_row(row.name, safest, rank, row.where)
     out.print(table)
     for advice in advise(found, weights):
-        out.print(f"[bold]{advice.topic}:[/bold] {advice.do}", soft_wrap=True)
+        out.print(headed(advice.topic, advice.do), soft_wrap=True)
         out.print(f"  because {advice.because}", soft_wrap=True)

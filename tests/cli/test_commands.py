@@ -14,7 +14,7 @@ from cmlora.cli.app import app
 from cmlora.eval.variants import USUAL
 from cmlora.strategies import METHODS
 from tests import disk, tiny
-from tests.calling import run, run_json
+from tests.calling import complaint, run, run_json
 from tests.single_file import save_single_file
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
@@ -158,6 +158,18 @@ def test_cost_without_a_model() -> None:
     assert result["size"] == [512, 512]
     said = run("cost", "--loras", "2", "--methods", "merge,cmlora@nonuniform", "--size", "64")
     assert "cmlora@nonuniform" in said
+
+
+def test_square_brackets_are_shown_as_they_are(lora_folder: Path, tmp_path: Path) -> None:
+    """Options of variants have them, and so have files; neither is markup."""
+    variant = "cmlora[order=high_first]@nonuniform"
+    assert variant in run("cost", "--loras", "2", "--methods", variant, "--size", "64")
+    odd = tmp_path / "two["
+    odd.mkdir()
+    here: list[str | Path] = ["--lora-dir", lora_folder]
+    assert "two[/b].safetensors" in run("merge", "cat", "hat", *here, "-o", odd / "b].safetensors")
+    refused = complaint(["merge", "cat", "hat", *here, "-o", odd / "b].safetensors"])
+    assert "two[/b].safetensors" in refused
 
 
 def test_cost_of_a_folder_is_its_configurations(model_folder: Path) -> None:

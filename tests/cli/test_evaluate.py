@@ -87,7 +87,12 @@ def test_a_dry_run_makes_nothing(bed: Path, small: Path, tmp_path: Path) -> None
     assert planned["macs"] == 2 * sum(record.macs or 0 for record in records)
     done = call_json("run", *here(bed), "--out", str(small), "--dry-run")
     assert (done["done"], done["macs"], done["seconds"]) == (4, 0, 0)
-    assert "4 jobs, about 0 h" in call("run", *here(bed), "--out", str(small), "--dry-run").stdout
+    shown = call("run", *here(bed), "--out", str(small), "--dry-run").stdout
+    assert "4 jobs, about 0 h" in shown
+    variants = ["switch[tau=1]", "cmlora[order=low_first]"]
+    own = ("--methods", ",".join(variants), "--out", str(out), "--dry-run")
+    said = call("run", *here(bed), *own).stdout
+    assert all(variant in said for variant in variants)
 
 
 def test_it_is_a_plain_script(bed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_every_method_makes_another_picture(pipe: Any) -> None:
 
 
 @with_loras
-@pytest.mark.parametrize("cache", ["none", "uniform:2"])
+@pytest.mark.parametrize("cache", [pytest.param("none", marks=pytest.mark.slow), "uniform:2"])
 def test_with_profiles_the_order_of_the_loras_makes_no_difference(
     pipe: Any, method: str, cache: str
 ) -> None:
