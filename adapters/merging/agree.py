@@ -17,13 +17,17 @@ class Elected(NamedTuple):
 
     Args:
         value: (O, M).
-        kept: share of the non-zero entries that agree with the elected sign.
-        contested: share of the places, among those where anything is non-zero, with both signs.
+        agreed: how many entries have the elected sign.
+        cast: how many are not zero.
+        contested: at how many places there are both signs.
+        places: at how many there is anything.
     """
 
     value: Tensor
-    kept: float
-    contested: float
+    agreed: int
+    cast: int
+    contested: int
+    places: int
 
 
 def add(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -62,7 +66,6 @@ def elect(
         count += agrees
     cast = sum(int(t.count_nonzero()) for t in (*positive, *negative))
     above, below = reduce(torch.logical_or, positive), reduce(torch.logical_or, negative)
-    places = max(int((above | below).count_nonzero()), 1)
-    contested = int((above & below).count_nonzero()) / places
-    kept = int(count.sum()) / max(cast, 1)
-    return Elected(total / count.clamp_min(1), kept, contested)
+    contested, places = (above & below).count_nonzero(), (above | below).count_nonzero()
+    value = total / count.clamp_min(1)
+    return Elected(value, int(count.sum()), cast, int(contested), int(places))

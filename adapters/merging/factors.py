@@ -10,7 +10,7 @@ conditioned for them is found again by QR.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,9 @@ _SQUARED = 1e-8
 
 _SPREAD = 1e-7
 """Squared singular values below this share of the largest have vectors that are not orthogonal."""
+
+_ROWS = 1024
+"""Rows of a dense matrix that are brought to double precision at a time."""
 
 _ORTHONORMAL = 1e-9
 """How far products of singular vectors may be from the identity."""
@@ -141,12 +144,28 @@ def positive(columns: Tensor) -> Tensor:
 
 def nearest(matrix: Tensor, rank: int) -> Pair:
     """The nearest matrix of a rank, from the eigenvectors of the smaller Gram matrix."""
-    full = matrix.double()
-    tall = full.shape[0] > full.shape[1]
-    side = full.T if tall else full
-    vectors = torch.linalg.eigh(side @ side.T).eigenvectors.flip(1)[:, :rank]
-    pair = Pair(full @ vectors, vectors.T) if tall else Pair(vectors, vectors.T @ full)
-    return truncate(pair)
+    tall = matrix.shape[0] > matrix.shape[1]
+    gram = torch.zeros(2 * (min(matrix.shape),), dtype=torch.double)
+    for part in _doubled(matrix):
+        gram.addmm_(part.T, part)
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
+    long = torch.cat([part @ vectors for part in _doubled(matrix)])
+    return truncate(Pair(long, vectors.T) if tall else Pair(vectors, long.T))
+
+
+def dense_norm(matrix: Tensor) -> float:
+    """Frobenius norm of a matrix in single precision, to the digits of double precision."""
+    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in _doubled(matrix)))
+
+
+def _doubled(matrix: Tensor) -> Iterator[Tensor]:
+    """Rows of a matrix, or of its transpose if that has more, in double precision.
+
+    A few at a time: all of them would take twice the memory of the matrix.
+    """
+    long = matrix if matrix.shape[0] > matrix.shape[1] else matrix.T
+    for part in long.chunk(-(-len(long) // _ROWS)):
+        yield part.double()
 
 
 def orthonormal(columns: Tensor) -> Tensor:

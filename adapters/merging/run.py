@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmlora.adapters.merging.account import Account
 from cmlora.adapters.merging.check import NOTHING, ceiling, check_rank, check_shape, check_values
-from cmlora.adapters.merging.factors import Pair, nearest, stack, truncate
+from cmlora.adapters.merging.factors import Pair, dense_norm, nearest, stack, truncate
 from cmlora.adapters.merging.method import Method, Outcome, read_options
 from cmlora.adapters.merging.result import MergeResult
 from cmlora.adapters.merging.tally import block as block
@@ -179,7 +179,7 @@ def _of_rank(found: Pair | Tensor, rank: int | None, most: int) -> tuple[Pair, f
     """
     if isinstance(found, Tensor):
         pair = nearest(found, min(rank or most, most))
-        size = float(torch.linalg.vector_norm(found, dtype=torch.double))
+        size = dense_norm(found)
     elif rank is not None and found.rank > rank:
         pair, size = truncate(found, rank), found.norm()
     else:

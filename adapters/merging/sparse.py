@@ -8,7 +8,7 @@ brings the rank units of all LoRAs into step with those of the first, see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from cmlora.adapters.compression.completion import complete
 from cmlora.adapters.merging.agree import Sign, add, elect
 from cmlora.adapters.merging.align import Align, align_pair
 from cmlora.adapters.merging.factors import Pair
+from cmlora.adapters.merging.kept import Kept, blocks
 from cmlora.adapters.merging.method import Outcome, share
 from cmlora.adapters.merging.sparsify import by_rank, largest, middle, random
 from cmlora.errors import CmloraError
@@ -169,23 +170,39 @@ def _merge(
     election: tuple[Sign, bool] | None = None,
 ) -> Outcome:
     if space == "delta":
-        value, notes = combine([keep(pair.dense()) for pair in pairs], weights, election)
+        value, notes = combine((keep(pair.dense()) for pair in pairs), weights, election)
         return Outcome(value, notes)
     if len({pair.rank for pair in pairs}) > 1:
         raise CmloraError("space=factor needs LoRAs of one rank")
     pairs = [align_pair(pair, pairs[0], align) for pair in pairs]
     roots = [abs(weight) ** 0.5 for weight in weights]
     signed = [root if w >= 0 else -root for root, w in zip(roots, weights, strict=True)]
-    up, notes = combine([keep(pair.up) for pair in pairs], roots, election)
-    down, _ = combine([keep(pair.down) for pair in pairs], signed, election)
+    up, notes = combine((keep(pair.up) for pair in pairs), roots, election)
+    down, _ = combine((keep(pair.down) for pair in pairs), signed, election)
     return Outcome(Pair(up, down), notes)
 
 
 def combine(
-    kept: Sequence[Tensor], weights: Sequence[float], election: tuple[Sign, bool] | None
+    kept: Iterable[Tensor], weights: Sequence[float], election: tuple[Sign, bool] | None
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted sum, or the mean of what agrees with its shares kept and contested."""
+    """The weighted sum, or the mean of what agrees with its shares kept and contested.
+
+    Args:
+        kept: (O, M) each, with zeros; made one after another, so that one is whole at a time.
+        weights: of their entries.
+        election: the sign's rule, and whether votes are weighed; a plain sum without.
+    """
+    packed = list(map(Kept.of, kept))
+    result = packed[0].rows(0, 1).new_empty(packed[0].shape)
+    agreed = cast = contested = places = 0
+    for rows, matrices in blocks(packed):
+        if election is None:
+            result[rows] = add(matrices, weights)
+            continue
+        found = elect(matrices, weights, *election)
+        result[rows] = found.value
+        agreed, cast = agreed + found.agreed, cast + found.cast
+        contested, places = contested + found.contested, places + found.places
     if election is None:
-        return add(kept, weights), {}
-    found = elect(kept, weights, *election)
-    return found.value, {"kept": found.kept, "contested": found.contested}
+        return result, {}
+    return result, {"kept": agreed / max(cast, 1), "contested": contested / max(places, 1)}

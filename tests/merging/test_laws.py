@@ -41,6 +41,7 @@ SHARED = {
     "check",
     "align",
     "agree",
+    "kept",
     "sparsify",
     "rmm",
     "atlas",
