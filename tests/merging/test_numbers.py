@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cmlora.adapters.merging import merge
+from cmlora.adapters.merging import factors, merge
 from cmlora.adapters.merging.agree import elect
 from cmlora.adapters.merging.align import align_pair
 from cmlora.adapters.merging.factors import Pair, canonical, inner, nearest, svd
@@ -194,3 +194,15 @@ def test_lego_finds_the_best_clusters_of_a_few_units() -> None:
     assert spread == pytest.approx(references.clusters(pool.numpy(), 3), rel=1e-9)
     for label, group in groups.items():
         assert float(centres[label].norm()) == pytest.approx(float(lengths[group].mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(23, 9), (9, 23), (8, 8)])
+def test_the_nearest_matrix_is_found_in_parts(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factors, "_ROWS", 5)
+    matrix = torch.randn(shape, generator=generator())
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    expected = u[:, :3] * s[:3] @ vh[:3]
+    assert torch.allclose(product(nearest(matrix, 3)), expected, atol=1e-9)
+    assert factors.dense_norm(matrix) == pytest.approx(float(s.square().sum().sqrt()), rel=1e-12)
