@@ -1,5 +1,6 @@
 """Pictures side by side with readable labels, as one picture."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,14 +47,16 @@ def grid(
     left = round(max((font.getlength(text) for text, font in texts), default=0)) + 2 * MARGIN
     width = left + len(columns) * (tile + GAP) + MARGIN
     lines = _broken(title, small, width - 2 * MARGIN)
-    top = MARGIN + len(lines) * 20 + 28
+    heads = [_narrow(name, small, tile) for name in columns]
+    top = MARGIN + len(lines) * 20 + 10 + 18 * max(map(len, heads), default=1)
     sheet = Image.new("RGB", (width, top + len(rows) * (tile + GAP) + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(lines):
         draw.text((MARGIN, MARGIN + 20 * number), line, INK, small)
-    for index, name in enumerate(columns):
+    for index, head in enumerate(heads):
         centre = left + index * (tile + GAP) + tile / 2
-        draw.text((centre, top - 8), name, PALE, small, anchor="ms")
+        for place, line in enumerate(reversed(head)):
+            draw.text((centre, top - 8 - 18 * place), line, PALE, small, anchor="ms")
     for number, row in enumerate(rows):
         upper = top + number * (tile + GAP)
         height = 26 + 18 * len(row.notes)
@@ -74,6 +77,24 @@ def _fitted(picture: Image.Image, tile: int) -> Image.Image:
     factor = tile / max(picture.size)
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
     return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _narrow(name: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """A column's name in lines no wider than `width`, broken where its parts begin if it can be."""
+    lines: list[str] = []
+    parts: list[str] = []
+    for part in re.split(r"(?<=[ ,])|(?=[\[@])", name):
+        parts += re.split(r"(?<==)", part) if font.getlength(part) > width else [part]
+    for part in parts:
+        if lines and font.getlength(lines[-1] + part) <= width:
+            lines[-1] += part
+            continue
+        lines.append("")
+        for letter in part:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines or [""]
 
 
 def _broken(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:

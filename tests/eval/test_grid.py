@@ -1,9 +1,10 @@
 """Where a grid puts its pictures."""
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from cmlora.eval.grid import Row, grid
+from cmlora.eval.grid import GAP, MARGIN, Row, _narrow, grid
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
 
@@ -53,3 +54,33 @@ def test_a_long_title_is_broken_and_not_cut() -> None:
 def test_a_row_needs_a_picture_per_column() -> None:
     with pytest.raises(ValueError, match="1 pictures in row 'a'"):
         grid([Row("a", [None])], ["1", "2"])
+
+
+def test_long_names_of_columns_stay_in_their_columns() -> None:
+    name = "cmlora[dominant_full=always]@nonuniform"
+    tile = 128
+    empty = grid([Row("a", [None, None, None])], ["", "", ""], tile=tile)
+    sheet = grid([Row("a", [None, None, None])], ["", name, ""], tile=tile)
+    assert sheet.width == empty.width
+    assert sheet.height > empty.height
+    dark = np.array(sheet.convert("L"))[: sheet.height - tile - GAP - MARGIN] < 200
+    left = sheet.width - MARGIN - 2 * (tile + GAP)
+    columns = np.flatnonzero(dark.any(0))
+    assert len(columns) > 0
+    assert left <= columns.min()
+    assert columns.max() < left + tile
+
+
+def test_a_name_is_broken_where_its_parts_begin() -> None:
+    font = ImageFont.load_default(14)
+    name = "cmlora[order=high_first,decay=false]@nonuniform"
+    for width in (20, 60, 128, 400):
+        lines = _narrow(name, font, width)
+        assert "".join(lines) == name
+        assert all(font.getlength(line) <= width for line in lines)
+    assert _narrow("seed 3", font, 128) == ["seed 3"]
+    assert _narrow("cmlora[decay=false]@nonuniform", font, 128) == [
+        "cmlora",
+        "[decay=false]",
+        "@nonuniform",
+    ]
