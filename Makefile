@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/cmlora compare --model emoji --loras $(DEMO) --seeds 0-3 --execution fused --out demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --durations 25 --durations-min 3
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --durations 25 --durations-min 3
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; \
 	  then OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser; \
 	  else echo "no chromium and chromedriver: the browser tests are left out"; fi

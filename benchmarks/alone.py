@@ -12,8 +12,9 @@ that was stopped goes on where it was; the pictures' contents are kept in RUN/al
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,25 @@ class Case:
     alone: bool
 
 
+def itself(reference: Mapping[str, Found]) -> list[Case]:
+    """What LoRAs draw alone, against what the same LoRAs draw alone from other noise.
+
+    Of what is drawn once a LoRA does not draw all again, with nobody else in the picture.
+
+    Args:
+        reference: what `alone` found, by set and seed.
+    """
+    by_set: dict[str, list[Found]] = {}
+    for name, found in reference.items():
+        by_set.setdefault(name.rpartition(" ")[0], []).append(found)
+    return [
+        Case(place, BY_CONCEPT[id_].category, other[id_], one[id_])
+        for place, seeds in by_set.items()
+        for one, other in permutations(seeds, 2)
+        for id_ in one
+    ]
+
+
 def share(cases: Iterable[Case], hit: Callable[[Case], bool]) -> str:
     """Share of cases for which something holds, with a 95 % bootstrap interval over sets."""
     by_set: dict[str, list[bool]] = {}
@@ -105,8 +125,14 @@ def share(cases: Iterable[Case], hit: Callable[[Case], bool]) -> str:
     return f"{top / bottom:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def document(study: Study, n: int, seeds: Iterable[int], cases: Mapping[str, list[Case]]) -> str:
-    """alone.md, from the cases of every method."""
+def document(
+    study: Study,
+    n: int,
+    seeds: Iterable[int],
+    cases: Mapping[str, list[Case]],
+    noise: Sequence[Case],
+) -> str:
+    """alone.md, from the cases of every method and, for comparison, of other noise."""
     anybody = next(iter(cases.values()))
     categories = study.manifest.categories
     ways: list[tuple[Callable[[Case], bool], Callable[[Case], bool]]] = [
@@ -119,12 +145,13 @@ def document(study: Study, n: int, seeds: Iterable[int], cases: Mapping[str, lis
     parts = [f"| method | {' | '.join(categories)} |", "|---|" + "---:|" * len(categories)]
     row = [share((c for c in anybody if c.category == k), lambda c: c.alone) for k in categories]
     parts.append(f"| drawn alone | {' | '.join(row)} |")
-    for label, own in cases.items():
+    shown = {f"`{label}`": own for label, own in cases.items()}
+    for label, own in {"alone, other noise": noise, **shown}.items():
         row = [share(filter(among, own), hit) for among, hit in ways]
-        main.append(f"| `{label}` | {' | '.join(row)} |")
+        main.append(f"| {label} | {' | '.join(row)} |")
         kept = [case for case in own if case.alone]
         row = [share((c for c in kept if c.category == k), lambda c: c.drawn) for k in categories]
-        parts.append(f"| `{label}` | {' | '.join(row)} |")
+        parts.append(f"| {label} | {' | '.join(row)} |")
     paragraphs = [
         "# What LoRAs draw alone, and what methods keep of it",
         f"{len({case.place for case in anybody})} sets of {n} LoRAs of the embedded world, seeds "
@@ -134,7 +161,9 @@ def document(study: Study, n: int, seeds: Iterable[int], cases: Mapping[str, lis
         f"Alone, the LoRAs draw {share(anybody, lambda case: case.alone)} of their concepts there; "
         "on prompts of their own they draw nearly all (`python -m cmlora.emoji.report`).",
         "\n".join(main),
-        "Shares of concepts, 95 % bootstrap intervals over sets.",
+        "Shares of concepts, 95 % bootstrap intervals over sets. \"Other noise\" is a LoRA alone "
+        "with the same prompt and another seed: as much of what it draws once it draws again, with "
+        "nobody else in the picture.",
         "## Kept of what is drawn alone, by category",
         "\n".join(parts),
         "Where nothing is drawn alone there is nothing to keep: -.",
@@ -172,17 +201,19 @@ def main() -> None:
     for record in records:
         by_job.setdefault((record.ids, record.seed), {})[record.label] = record
     whole = {job: own for job, own in by_job.items() if len(own) == len(labels)}
-    reference = alone(studio, detector, whole, study.folder / "alone.json")
+    known = alone(studio, detector, whole, study.folder / "alone.json")
+    names = {job: f"{set_id(job[0])} {job[1]}" for job in whole}
+    reference = {name: known[name] for name in names.values()}
     cases: dict[str, list[Case]] = {label: [] for label in labels}
     for (ids, seed), own in whole.items():
-        before = reference[f"{set_id(ids)} {seed}"]
+        before = reference[names[ids, seed]]
         for label, record in own.items():
             with Image.open(study.folder / record.image) as image:
                 found = seen(detector, image.convert("RGB"), ids)
             cases[label] += [
                 Case(set_id(ids), BY_CONCEPT[id_].category, found[id_], before[id_]) for id_ in ids
             ]
-    text = document(study, options.n, {seed for _, seed in whole}, cases)
+    text = document(study, options.n, {seed for _, seed in whole}, cases, itself(reference))
     with replacing(options.out) as place:
         place.write(text.encode())
     print(text)

@@ -1,11 +1,16 @@
-"""Two LoRAs in one picture: `python examples/two_loras.py [MODEL LORA LORA]`."""
+"""Two LoRAs in one picture: `python examples/two_loras.py [MODEL LORA LORA [STEPS]]`."""
 
 import sys
 
 from cmlora import CMLoRAPipeline
 
 
-def main(model: str = "emoji", first: str = "character_1", second: str = "background_1") -> None:
+def main(
+    model: str = "emoji",
+    first: str = "character_1",
+    second: str = "background_1",
+    steps: str = "30",
+) -> None:
     """Draw the same seed with every LoRA alone and with both, and say what each took."""
     pipe = CMLoRAPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
@@ -13,7 +18,9 @@ def main(model: str = "emoji", first: str = "character_1", second: str = "backgr
     triggers = [pipe.loras[name].applied.triggers[0] for name in names]
     for chosen in ([names[0]], [names[1]], names):
         weights = dict.fromkeys(chosen, 1.0)
-        output = pipe(", ".join(triggers), lora_weights=weights, seed=0)
+        output = pipe(
+            ", ".join(triggers), num_inference_steps=int(steps), lora_weights=weights, seed=0
+        )
         file = f"{'+'.join(chosen)}.png"
         output.images[0].save(file)
         full, light = sum(output.report.full.values()), sum(output.report.light.values())
@@ -21,4 +28,4 @@ def main(model: str = "emoji", first: str = "character_1", second: str = "backgr
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:5])

@@ -21,7 +21,7 @@ def test_it_draws(
 ) -> None:
     loras = [str(lora_folder / f"{name}.safetensors") for name in ("cat", "hat")]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(script), str(model_folder), *loras])
+    monkeypatch.setattr(sys, "argv", [str(script), str(model_folder), *loras, "4"])
     runpy.run_path(str(script), run_name="__main__")
     drawn = list(tmp_path.glob("*.png"))
     assert drawn

@@ -19,6 +19,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 
 
 def build(family: str) -> Any:
+    """With the module tree of the real model, for what depends on names."""
     return getattr(tiny, family)(**tiny.WHOLE)
 
 
@@ -129,7 +130,7 @@ def test_what_diffusers_saves_is_read_back(tmp_path: Path) -> None:
 def test_loading_is_silent_and_draws_no_random_numbers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     files.write(trainers.lora(pipe), tmp_path / "x.safetensors")
     before = torch.get_rng_state()
     with warnings.catch_warnings():
@@ -146,7 +147,7 @@ def test_loading_is_silent_and_draws_no_random_numbers(
 
 
 def test_unloading_with_diffusers_restores_the_base() -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     before = tiny.run(pipe)
     insert.insert(pipe, trainers.lora(pipe), "x")
     assert not torch.equal(tiny.run(pipe), before)
@@ -155,19 +156,19 @@ def test_unloading_with_diffusers_restores_the_base() -> None:
 
 
 def test_a_matrix_is_taken_for_a_1x1_convolution_and_back() -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     name = "mid_block.attentions.0.proj_in"
     assert isinstance(pipe.unet.get_submodule(name), nn.Conv2d)
     kernel = Update(torch.randn(2, 16, 1, 1), torch.randn(16, 2))
     matrix = Update(kernel.down.flatten(1), kernel.up)
-    other = build("sd15")
+    other = tiny.sd15()
     insert.insert(pipe, LoRA("a", {f"unet.{name}": kernel}), "x")
     insert.insert(other, LoRA("a", {f"unet.{name}": matrix}), "x")
     assert torch.equal(tiny.run(pipe), tiny.run(other))
 
 
 def test_precision_follows_the_model() -> None:
-    pipe = build("sd15").to(torch.bfloat16)
+    pipe = tiny.sd15().to(torch.bfloat16)
     insert.insert(pipe, trainers.lora(pipe), "x")
     dtypes = {p.dtype for n, p in pipe.unet.named_parameters() if ".lora_" in n}
     assert dtypes == {torch.bfloat16}
@@ -177,7 +178,7 @@ def test_precision_follows_the_model() -> None:
 def test_a_pipeline_under_group_offloading_still_runs() -> None:
     from diffusers.hooks import apply_group_offloading
 
-    pipe, plain = build("sd15"), build("sd15")
+    pipe, plain = tiny.sd15(), tiny.sd15()
     cpu = torch.device("cpu")
     apply_group_offloading(
         pipe.unet, onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
@@ -193,11 +194,11 @@ def test_a_pipeline_under_group_offloading_still_runs() -> None:
 
 @pytest.mark.parametrize("occupied", [False, True])
 def test_a_lora_of_another_family_changes_nothing(occupied: bool, tmp_path: Path) -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     if occupied:
         tiny.add_loras(pipe, ["first"], text=True)
     path = tmp_path / "xl.safetensors"
-    files.write(trainers.lora(build("sdxl")), path)
+    files.write(trainers.lora(tiny.sdxl()), path)
     before, picture = fingerprint(pipe), tiny.run(pipe)
     with pytest.raises(CmloraError) as caught:
         files.load(pipe, path, "x")
@@ -215,7 +216,7 @@ def test_a_lora_of_another_family_changes_nothing(occupied: bool, tmp_path: Path
 
 
 def test_families_are_called_by_their_names() -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     lora = LoRA("x", {module: Update(torch.ones(1, 2048), torch.ones(8, 1))})
     with pytest.raises(CmloraError, match=r"for Stable Diffusion XL .* is \(8, 2048\) in the file"):
@@ -223,7 +224,7 @@ def test_families_are_called_by_their_names() -> None:
 
 
 def test_missing_modules_are_an_error_or_a_counted_warning() -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     lora = trainers.lora(pipe, wanted=lambda m: "mid_block" in m)
     extra = {
         f"unet.mid_block.extra.{i}": Update(torch.ones(1, 2), torch.ones(2, 1)) for i in range(5)
@@ -243,7 +244,7 @@ def test_missing_modules_are_an_error_or_a_counted_warning() -> None:
 
 
 def test_half_matching_loras_list_all_that_is_missing_in_order() -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     lora = trainers.lora(pipe, wanted=lambda m: "mid_block" in m)
 
     def said(*names: str, wrong: int = 0) -> str:
@@ -273,7 +274,7 @@ def test_half_matching_loras_list_all_that_is_missing_in_order() -> None:
 
 
 def test_a_component_the_pipeline_lacks_is_missing() -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     lora = trainers.lora(pipe)
     pipe.text_encoder = None
     with pytest.raises(CmloraError, match=r"text_encoder\.text_model"):
@@ -281,7 +282,7 @@ def test_a_component_the_pipeline_lacks_is_missing() -> None:
 
 
 def test_a_layer_that_is_no_matrix_is_named() -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     lora = LoRA("x", {"unet.conv_norm_out": Update(torch.ones(1, 8), torch.ones(8, 1))})
     with pytest.raises(CmloraError, match="no linear or convolution layer"):
         insert.insert(pipe, lora, "x")
@@ -289,13 +290,13 @@ def test_a_layer_that_is_no_matrix_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["", "a.b", "keys", "pop"])
 def test_impossible_names(name: str) -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     with pytest.raises(CmloraError, match="cannot name a LoRA"):
         insert.insert(pipe, trainers.lora(pipe), name)
 
 
 def test_a_name_in_use() -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     lora = trainers.lora(pipe, wanted=lambda m: m.startswith("text_encoder"))
     insert.insert(pipe, lora, "x")
     with pytest.raises(CmloraError, match="already has a LoRA called 'x'"):
@@ -310,7 +311,7 @@ OTHERS = [(3, True), (200, False), (1500, True)]
     ("after", "occupied"), MOMENTS + [pytest.param(*m, marks=pytest.mark.slow) for m in OTHERS]
 )
 def test_an_interrupt_in_the_middle_leaves_no_trace(after: int, occupied: bool) -> None:
-    pipe = build("sd15")
+    pipe = tiny.sd15()
     lora = trainers.lora(pipe)
     if occupied:
         tiny.add_loras(pipe, ["first"], text=True)
