@@ -161,7 +161,7 @@ def document(
         f"Alone, the LoRAs draw {share(anybody, lambda case: case.alone)} of their concepts there; "
         "on prompts of their own they draw nearly all (`python -m cmlora.emoji.report`).",
         "\n".join(main),
-        "Shares of concepts, 95 % bootstrap intervals over sets. \"Other noise\" is a LoRA alone "
+        'Shares of concepts, 95 % bootstrap intervals over sets. "Other noise" is a LoRA alone '
         "with the same prompt and another seed: as much of what it draws once it draws again, with "
         "nobody else in the picture.",
         "## Kept of what is drawn alone, by category",

@@ -170,8 +170,6 @@ def compose(
     foreign = cache if is_config(cache) else named(cache)
     policy = none() if foreign is not None else parse(cache)
     curves = parse_schedule(schedule) if isinstance(schedule, str) else schedule
-    if policy.reuse or foreign is not None:
-        _refuse_few_steps(pipe)
     encoders = [getattr(pipe, n, None) for n in denoisers.TEXT_ENCODERS]
     fused = execution == "fused"
     switches = {name: AdapterSwitch(model, fused=fused) for name, model in models.items()}
@@ -179,7 +177,10 @@ def compose(
     composed = described(loras, members, roles or {}, profiles or {}, scopes, triggers)
     everything = [*switches.values(), *text_switches]
     check_loaded(composed, everything, needed=label != _BASE)
-    curves.check([member.name for member in composed])
+    names = [member.name for member in composed]
+    if policy.reuse or foreign is not None:
+        _refuse_few_steps(pipe, names)
+    curves.check(names)
     _check_blocks(curves, switches.values())
     if label == "klora":
         composed = weighed(models.values(), composed)
@@ -188,11 +189,10 @@ def compose(
     relevance.warn_unless_weighed(label, chosen, composed)
     choice: Callable[[int], Choice] | None = None
     if label == "auto" and composed:
-        known = updates(models.values(), [member.name for member in composed])
+        known = updates(models.values(), names)
         strategy = knowing(known)
-        choice = partial(
-            decide, known, chosen, composed, cacheable=_cacheable(pipe, models.values())
-        )
+        cacheable = _cacheable(pipe, models.values(), names)
+        choice = partial(decide, known, chosen, composed, cacheable=cacheable)
         guess = choice(_STEPS)
         if cache == "none":
             policy = parse(guess.cache)
@@ -272,9 +272,9 @@ def _begin(cache: ForeignCache, run: Run) -> None:
     cache.begin(run.expected)
 
 
-def _cacheable(pipe: Any, models: Iterable[nn.Module]) -> bool:
+def _cacheable(pipe: Any, models: Iterable[nn.Module], loras: Iterable[str]) -> bool:
     """Whether features of all denoisers of a pipeline can be reused."""
-    if denoisers.few_steps(pipe) is not None:
+    if denoisers.few_steps(pipe, loras) is not None:
         return False
     try:
         for model in models:
@@ -306,8 +306,8 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
         raise CmloraError(f"{name}={value!r}: expected {listed} or {known[-1]!r}")
 
 
-def _refuse_few_steps(pipe: Any) -> None:
-    reason = denoisers.few_steps(pipe)
+def _refuse_few_steps(pipe: Any, loras: Iterable[str]) -> None:
+    reason = denoisers.few_steps(pipe, loras)
     if reason is not None:
         raise CmloraError(
             f"features cannot be reused with a model for few steps ({reason}): from one step to "

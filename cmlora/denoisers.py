@@ -7,7 +7,7 @@ maps (B, C, H, W).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -141,6 +141,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 _PLAIN = Kind("an unknown family")
 _FEW_STEPS = ("LCMScheduler", "FlowMatchLCMScheduler", "TCDScheduler", "SCMScheduler")
 _DISTILLED = re.compile(r"schnell|turbo|lightning|hyper-?sd|\blcm\b|sprint|klein(?!-base)", re.I)
+_DISTILLING = re.compile(r"\b[1-8] ?steps?\b|\blcm\b|\bhyper ?sd|\blightx2v\b|\bdmd2?\b", re.I)
 
 
 def kind(model: Any) -> Kind:
@@ -188,11 +189,16 @@ def chosen(into: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in ATTRIBUTES if name in names)
 
 
-def few_steps(pipe: Any) -> str | None:
+def few_steps(pipe: Any, loras: Iterable[str] = ()) -> str | None:
     """Why a pipeline is one of the models that need four to eight steps; ``None`` if it is not.
 
     From one step to the next of such a run nearly everything changes, so that nothing is left to
     be reused.
+
+    Args:
+        pipe: the pipeline.
+        loras: names of the LoRAs that take part; one made for few steps mostly says so, as in
+            ``sdxl_lightning_4step_lora``.
     """
     scheduler = type(getattr(pipe, "scheduler", None)).__name__
     if scheduler in _FEW_STEPS:
@@ -211,4 +217,7 @@ def few_steps(pipe: Any) -> str | None:
         shifting = getattr(pipe.scheduler, "config", {}).get("use_dynamic_shifting", True)
         if not (model.config.guidance_embeds or shifting):
             return "it is FLUX.1 schnell, which has no guidance input and a fixed schedule"
+    for lora in loras:
+        if _DISTILLING.search(re.sub(r"[-_.]", " ", lora)):
+            return f"so the name of the LoRA {lora} says"
     return None

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -281,7 +281,7 @@ class Ensemble:
             self.pipe,
             weights,
             method=composition,
-            cache=default_cache(composition, self.pipe) if cache is None else cache,
+            cache=default_cache(composition, self.pipe, weights) if cache is None else cache,
             cut=cut,
             members=self.members(weights) if members is None else members,
             text_encoder=text_encoder,
@@ -316,9 +316,9 @@ def _one(prompt: Any, method: str | Strategy, options: Mapping[str, Any]) -> str
     return text if isinstance(text, str) else None
 
 
-def default_cache(method: str | Strategy, pipe: Any) -> str:
-    """The cache policy a method has in a pipeline unless told otherwise."""
-    if method != "cmlora" or denoisers.few_steps(pipe) is not None:
+def default_cache(method: str | Strategy, pipe: Any, loras: Iterable[str]) -> str:
+    """The cache policy a method has with these LoRAs in a pipeline, unless told otherwise."""
+    if method != "cmlora" or denoisers.few_steps(pipe, loras) is not None:
         return "none"
     cacheable = (
         type(model).__name__ == "UNet2DConditionModel" or denoisers.kind(model).stacks

@@ -98,11 +98,11 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
     METHODS[wish.method]
     wish, chosen = settled(pipe, wish)
     factors = chosen.weights
-    cache = default_cache(wish.method, pipe.pipe) if wish.cache is None else wish.cache
+    loras = pipe.ensemble.weights()
+    cache = default_cache(wish.method, pipe.pipe, loras) if wish.cache is None else wish.cache
     width, height = _size(pipe, wish)
     options = check_options(wish.method, wish.options or {})
-    weights = pipe.ensemble.weights()
-    weights = {name: weight * factors.get(name, 1.0) for name, weight in weights.items()}
+    weights = {name: weight * factors.get(name, 1.0) for name, weight in loras.items()}
     members: Sequence[Member] = pipe.ensemble.members(weights)
     members = weighed(pipe.pipe, wish.method, options, wish.prompt, members)
     guidance = native_guidance(pipe) if wish.guidance_scale is None else wish.guidance_scale
@@ -172,7 +172,7 @@ def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, Choice]:
     options = check_options("auto", wish.options or {})
     members = pipe.ensemble.members(pipe.ensemble.weights())
     known = updates(denoisers.find(pipe.pipe).values(), [member.name for member in members])
-    cacheable = default_cache("cmlora", pipe.pipe) != "none"
+    cacheable = default_cache("cmlora", pipe.pipe, pipe.ensemble.weights()) != "none"
     chosen = decide(known, options, members, wish.steps, cacheable=cacheable)
     settled_wish = replace(
         wish,

@@ -5,10 +5,12 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
 from cmlora.compose import compose
 from cmlora.denoisers import few_steps
 from cmlora.errors import CmloraError
+from cmlora.pipelines.ensemble import default_cache
 from tests import tiny
 
 
@@ -61,3 +63,50 @@ def test_a_scheduler_for_few_steps_refuses_every_cache() -> None:
             compose(made, ["a", "b"], cache=cache)
     with compose(made, ["a", "b"], method="auto", plain=False, budget=1.5) as active:
         assert "uniform" not in active.reason
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        "sdxl_lightning_4step_lora",
+        "Qwen-Image-Lightning-8steps-V1.0",
+        "Hyper-SDXL-8steps-lora",
+        "lcm-lora-sdxl",
+        "Wan21_lightx2v_rank32",
+        "dmd2_sdxl",
+    ],
+)
+def test_loras_for_few_steps_say_so(lora: str) -> None:
+    assert few_steps(pipe(), ["cat", lora]) == f"so the name of the LoRA {lora} says"
+
+
+@pytest.mark.parametrize("lora", ["turbo", "lightning", "911", "30steps", "two_step"])
+def test_names_of_other_loras(lora: str) -> None:
+    assert few_steps(pipe(), [lora]) is None
+
+
+def test_a_lora_for_few_steps_refuses_every_cache() -> None:
+    made = tiny.sd15()
+    tiny.add_loras(made, ["cat", "lcm"])
+    with pytest.raises(CmloraError, match="so the name of the LoRA lcm says"):
+        compose(made, ["cat", "lcm"], cache="uniform:2")
+    compose(made, ["cat"], cache="uniform:2").remove()
+    assert default_cache("cmlora", made, ["cat", "lcm"]) == "none"
+    assert default_cache("cmlora", made, ["cat"]) == "nonuniform"
+
+
+@pytest.mark.parametrize("execution", ["sequential", "fused"])
+def test_a_fused_lora_is_in_every_pass(execution: Any) -> None:
+    made, beside = tiny.sd15(), tiny.sd15()
+    tiny.add_loras(made, ["lcm"])
+    made.fuse_lora(adapter_names=["lcm"])
+    made.unload_lora_weights()
+    tiny.add_loras(made, ["a", "b"])
+    tiny.add_loras(beside, ["lcm", "a", "b"])
+    with compose(made, ["a", "b"], method="merge", execution=execution):
+        ours = tiny.run(made, steps=2)
+    with compose(beside, ["lcm", "a", "b"], method="merge"):
+        theirs = tiny.run(beside, steps=2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    with compose(made, ["a", "b"], method="composite", execution=execution):
+        assert tiny.run(made, steps=2).isfinite().all()
