@@ -56,7 +56,7 @@ def test_files_are_loaded_and_composed(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(half, quarter, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(half, result, atol=1e-3)
     assert torch.isfinite(draw(composition="cmlora")).all()
-    assert default_cache("cmlora", fresh.pipe) == "nonuniform"
+    assert default_cache("cmlora", fresh.pipe, []) == "nonuniform"
     assert pipe.report is not None
     assert pipe.report.light
     pipe.unload_lora_weights()
