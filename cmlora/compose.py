@@ -310,8 +310,8 @@ def _refuse_few_steps(pipe: Any, loras: Iterable[str]) -> None:
     reason = denoisers.few_steps(pipe, loras)
     if reason is not None:
         raise CmloraError(
-            f"features cannot be reused with a model for few steps ({reason}): from one step to "
-            "the next too much changes; use cache='none'"
+            f"features cannot be reused with what is made for few steps ({reason}): from one step "
+            "to the next too much changes; use cache='none'"
         )
 
 

@@ -219,5 +219,5 @@ def few_steps(pipe: Any, loras: Iterable[str] = ()) -> str | None:
             return "it is FLUX.1 schnell, which has no guidance input and a fixed schedule"
     for lora in loras:
         if _DISTILLING.search(re.sub(r"[-_.]", " ", lora)):
-            return f"so the name of the LoRA {lora} says"
+            return f"the LoRA {lora} is, as its name says"
     return None

@@ -77,7 +77,7 @@ def test_a_scheduler_for_few_steps_refuses_every_cache() -> None:
     ],
 )
 def test_loras_for_few_steps_say_so(lora: str) -> None:
-    assert few_steps(pipe(), ["cat", lora]) == f"so the name of the LoRA {lora} says"
+    assert few_steps(pipe(), ["cat", lora]) == f"the LoRA {lora} is, as its name says"
 
 
 @pytest.mark.parametrize("lora", ["turbo", "lightning", "911", "30steps", "two_step"])
@@ -88,7 +88,7 @@ def test_names_of_other_loras(lora: str) -> None:
 def test_a_lora_for_few_steps_refuses_every_cache() -> None:
     made = tiny.sd15()
     tiny.add_loras(made, ["cat", "lcm"])
-    with pytest.raises(CmloraError, match="so the name of the LoRA lcm says"):
+    with pytest.raises(CmloraError, match="the LoRA lcm is, as its name says"):
         compose(made, ["cat", "lcm"], cache="uniform:2")
     compose(made, ["cat"], cache="uniform:2").remove()
     assert default_cache("cmlora", made, ["cat", "lcm"]) == "none"
