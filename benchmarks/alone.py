@@ -162,8 +162,8 @@ def document(
         "on prompts of their own they draw nearly all (`python -m cmlora.emoji.report`).",
         "\n".join(main),
         'Shares of concepts, 95 % bootstrap intervals over sets. "Other noise" is a LoRA alone '
-        "with the same prompt and another seed: as much of what it draws once it draws again, with "
-        "nobody else in the picture.",
+        "with the same prompt and another seed: how much of what it draws once it draws again, "
+        "with nobody else in the picture.",
         "## Kept of what is drawn alone, by category",
         "\n".join(parts),
         "Where nothing is drawn alone there is nothing to keep: -.",

@@ -311,7 +311,7 @@ def _refuse_few_steps(pipe: Any, loras: Iterable[str]) -> None:
     if reason is not None:
         raise CmloraError(
             f"features cannot be reused with what is made for few steps ({reason}): from one step "
-            "to the next too much changes; use cache='none'"
+            "to the next too much changes; use cache='none', or another name for a LoRA that is not"
         )
 
 
