@@ -80,3 +80,17 @@ class Signature:
             if position is not None and position < len(args):
                 return args[position]
         return None
+
+
+def parted(kwargs: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """The scale of all LoRAs that a call asks for, and its arguments without it.
+
+    >>> parted({"t": 1, "joint_attention_kwargs": {"scale": 0.5}})
+    (0.5, {'t': 1, 'joint_attention_kwargs': {}})
+    """
+    scale, rest = 1.0, dict(kwargs)
+    for name, held in kwargs.items():
+        if name.endswith("attention_kwargs") and isinstance(held, Mapping) and "scale" in held:
+            scale *= float(held["scale"])
+            rest[name] = {key: value for key, value in held.items() if key != "scale"}
+    return scale, rest

@@ -197,11 +197,12 @@ def compose(
         if cache == "none":
             policy = parse(guess.cache)
         uncond = guess.uncond if uncond == "per_lora" else uncond
-    weights = {m.name: m.weight * curves.text_factor(m.name) for m in composed}
+    weights = {m.name: m.weight for m in composed}
     for name, weight in (text_weights or {}).items():
         if name not in weights:
             raise CmloraError(f"text_weights: {unknown(name, weights, 'composed')}")
         weights[name] = float(weight)
+    weights = {name: weight * curves.text_factor(name) for name, weight in weights.items()}
     spoken = {} if text_encoder == "none" or label == _BASE else weights
     prompts = None
     if text_encoder == "per_lora" and any(s.names for s in text_switches) and spoken:

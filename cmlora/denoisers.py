@@ -58,7 +58,6 @@ class Kind:
         family: what people call it.
         latent: what goes in: ``maps`` (B, C, H, W); ``tokens`` (B, H/2 * W/2, 4 C), patches of
             two by two in rows; ``frames`` (B, C, F, H, W).
-        scale: the pipelines' argument that carries the ``scale`` of all LoRAs.
         guidance: the pipelines' argument for the strength of guidance.
         stacks: the transformer blocks, in the order they run; empty if none can be skipped.
         live: how many blocks stay live at the beginning and at the end when features are reused.
@@ -72,7 +71,6 @@ class Kind:
 
     family: str
     latent: Literal["maps", "tokens", "frames"] = "maps"
-    scale: str = "attention_kwargs"
     guidance: str = "guidance_scale"
     stacks: tuple[Stack, ...] = ()
     live: tuple[int, int] = (4, 4)
@@ -83,14 +81,13 @@ class Kind:
 
 
 _BOTH = ("encoder_hidden_states", "hidden_states")
-_UNET = Kind("Stable Diffusion", scale="cross_attention_kwargs", first="uncond")
+_UNET = Kind("Stable Diffusion", first="uncond")
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "UNet2DConditionModel": _UNET,
         "SD3Transformer2DModel": Kind(
             "Stable Diffusion 3",
-            scale="joint_attention_kwargs",
             stacks=(Stack("transformer_blocks", _BOTH),),
             live=(3, 3),
             first="uncond",
@@ -98,7 +95,6 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "FluxTransformer2DModel": Kind(
             "FLUX.1",
             latent="tokens",
-            scale="joint_attention_kwargs",
             stacks=(Stack("transformer_blocks", _BOTH), Stack("single_transformer_blocks", _BOTH)),
             unbatched=("img_ids", "txt_ids"),
         ),
@@ -118,7 +114,6 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "ZImageTransformer2DModel": Kind(
             "Z-Image",
             latent="frames",
-            scale="joint_attention_kwargs",
             stacks=(Stack("layers", ("x",)),),
             first="cond",
             beyond=True,
@@ -126,7 +121,6 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "PixArtTransformer2DModel": Kind(
             "PixArt",
-            scale="cross_attention_kwargs",
             stacks=(Stack("transformer_blocks"),),
             first="uncond",
         ),

@@ -18,7 +18,7 @@ from cmlora import guided, halves, outputs
 from cmlora.batching import Execution, Gauge, MixedBatch, Unbatchable, split
 from cmlora.caching.contexts import Contexts
 from cmlora.caching.store import FeatureCache
-from cmlora.calls import Call, Signature, Slot
+from cmlora.calls import Call, Signature, Slot, parted
 from cmlora.denoisers import STEERING, Kind, kind
 from cmlora.errors import CmloraError
 from cmlora.guided import Side
@@ -161,8 +161,12 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         if guidance.side == "both" and self._kind.first == "cond":
             maps = replace(maps, swapped=True)
         latent = None if sample is None else maps.unpack(sample)
-        call = Call(args, kwargs, tick, context, sample, guidance)
         plan = self._run.plan(tick, latent, guidance, self._absent)
+        if self._execution == "fused" or any(single.gate for single in plan.passes):
+            # what stands in for the layers does not read their scale, which this argument changes
+            scale, kwargs = parted(kwargs)
+            plan = plan.times(scale)
+        call = Call(args, kwargs, tick, context, sample, guidance)
         if self._shared and guidance.side is None and any(p.branch != "both" for p in plan.passes):
             raise CmloraError(f"uncond='shared' cannot be carried out: {guidance.doubt}")
         if len(plan.passes) > 1 and kwargs.get("kv_cache_mode") is not None:

@@ -7,7 +7,7 @@ model; the engine carries its plan out around any denoiser.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -221,6 +221,22 @@ class Plan:
                 raise ValueError(f"{len(self.combine)} shares for {len(self.passes)} passes")
             if abs(sum(self.combine) - 1.0) > 1e-6:
                 raise ValueError(f"shares {self.combine} sum to {sum(self.combine)}, not 1")
+
+    def times(self, factor: float) -> Plan:
+        """The same with the strengths of all LoRAs multiplied."""
+        if factor == 1:
+            return self
+        passes = tuple(
+            replace(each, weights={n: _times(w, factor) for n, w in each.weights.items()})
+            for each in self.passes
+        )
+        return replace(self, passes=passes)
+
+
+def _times(strength: Strength, factor: float) -> Strength:
+    if isinstance(strength, tuple):
+        return tuple((pattern, value * factor) for pattern, value in strength)
+    return strength * factor
 
 
 class Policy(Protocol):

@@ -1,6 +1,6 @@
 """A wrapper that gives any diffusers pipeline several LoRAs and a choice of how to compose them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +17,7 @@ class CMLoRAPipeline:
     """Any diffusers pipeline, with LoRAs composed step by step.
 
     Everything that is not defined here (``scheduler``, ``enable_model_cpu_offload``, ...) is the
-    wrapped pipeline's own.
+    wrapped pipeline's own, to read and to set.
 
     >>> pipe = CMLoRAPipeline.from_pretrained("emoji")  # doctest: +SKIP
     >>> pipe.load_lora_weights("character_1")  # doctest: +SKIP
@@ -66,6 +66,14 @@ class CMLoRAPipeline:
             raise AttributeError(name)
         return getattr(self.pipe, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        ours = name in ("pipe", "ensemble") or hasattr(type(self), name)
+        theirs = not ours and hasattr(self.pipe, name)
+        if theirs:
+            setattr(self.pipe, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def loras(self) -> Mapping[str, Loaded]:
         """What is loaded, by adapter name, in loading order."""
@@ -91,6 +99,13 @@ class CMLoRAPipeline:
         """Take all LoRAs out."""
         getattr(self.pipe, "unload_lora_weights", partial(remove, self.pipe))()
         self.ensemble.loras.clear()
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take some LoRAs out; their names are free again."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.ensemble.check(names)
+        self.pipe.delete_adapters(names)
+        self.ensemble.forget(names)
 
     def __call__(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Make pictures; see `cmlora.pipelines.ensemble.Ensemble.run`.

@@ -1,5 +1,6 @@
 """What turns one of diffusers' pipeline classes into one that composes LoRAs."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ class Composed:
         """Take all LoRAs out."""
         super().unload_lora_weights(*args, **kwargs)  # type: ignore[misc]
         self.ensemble.loras.clear()
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Take some LoRAs out; their names are free again."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.ensemble.check(names)
+        super().delete_adapters(names)  # type: ignore[misc]
+        self.ensemble.forget(names)
 
     def __call__(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Make pictures; see `cmlora.pipelines.ensemble.Ensemble.run`."""

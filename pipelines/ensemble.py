@@ -177,12 +177,22 @@ class Ensemble:
                     f"({', '.join(self.loras) or 'none loaded'})"
                 )
             lora_weights = dict(zip(self.loras, lora_weights, strict=True))
+        self.check(lora_weights)
         for name, weight in lora_weights.items():
+            _check_weight(name, weight)
+        return dict(lora_weights)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises `CmloraError` if a LoRA is not loaded."""
+        for name in names:
             if name not in self.loras:
                 known = ", ".join(self.loras) or "none"
                 raise CmloraError(f"no LoRA {name!r} is loaded; loaded: {known}")
-            _check_weight(name, weight)
-        return dict(lora_weights)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """LoRAs that were taken out of the pipeline."""
+        for name in names:
+            del self.loras[name]
 
     def members(self, weights: Mapping[str, float]) -> tuple[Member, ...]:
         """The LoRAs of a call as strategies see them, with what is known about their frequency."""
@@ -245,8 +255,8 @@ class Ensemble:
                 ``per_lora``; see `cmlora.compose.compose`.
             text_weights: strengths in the text encoders, where they differ.
             execution: ``sequential``, ``batched``, ``auto`` or ``fused``.
-            lora_scale: multiplies the strength of all LoRAs in the denoiser, whatever the family
-                calls the argument for it.
+            lora_scale: multiplies the strength of all LoRAs in the denoiser, of any family; in the
+                text encoders they keep theirs.
             count_macs: fill ``report.macs``; see `cmlora.compose.compose`.
             schedule: curves that multiply the strengths, see `cmlora.compose.compose`.
             uncond: ``per_lora`` or ``shared``, see `cmlora.compose.compose`.
@@ -264,15 +274,10 @@ class Ensemble:
         """
         weights = self.weights(lora_weights)
         if lora_scale is not None:
-            model = next(iter(denoisers.find(self.pipe).values()))
-            name = denoisers.kind(model).scale
-            if name in inspect.signature(call).parameters:
-                kwargs[name] = {**(kwargs.get(name) or {}), "scale": lora_scale}
-            else:  # PixArt's pipelines do not pass it on
-                text_weights = weights if text_weights is None else text_weights
-                weights = {name: weight * lora_scale for name, weight in weights.items()}
-                if members is not None:
-                    members = [replace(m, weight=m.weight * lora_scale) for m in members]
+            text_weights = {**weights, **(text_weights or {})}
+            weights = {name: weight * lora_scale for name, weight in weights.items()}
+            if members is not None:
+                members = [replace(m, weight=m.weight * lora_scale) for m in members]
         if seed is not None:
             if kwargs.get("generator") is not None:
                 raise CmloraError("give either seed or generator, not both")

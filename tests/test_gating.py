@@ -236,3 +236,20 @@ def test_gated_passes_are_one_pass() -> None:
         with compose(pipe, NAMES, method=two, execution=execution) as composition:
             tiny.run(pipe, steps=2)
         assert sum(composition.report.full.values()) == 4
+
+
+@pytest.mark.parametrize("execution", ["sequential", "batched", "fused"])
+@pytest.mark.parametrize("method", ["gate", "merge", "composite"])
+def test_the_scale_that_pipelines_take_counts(method: str, execution: str) -> None:
+    pipe = pipeline("sd15")
+
+    def draw(weight: float, **options: Any) -> torch.Tensor:
+        loras = dict.fromkeys(NAMES, weight)
+        with compose(pipe, loras, method=method, execution=execution, text_encoder="none"):
+            return tiny.run(pipe, steps=2, **options)
+
+    whole = draw(1.0)
+    half = draw(1.0, cross_attention_kwargs={"scale": 0.5})
+    torch.testing.assert_close(half, draw(0.5), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(half, whole, atol=1e-3)
+    assert torch.equal(draw(1.0, cross_attention_kwargs={"scale": 1.0}), whole)

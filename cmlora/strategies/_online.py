@@ -56,7 +56,7 @@ def read(
 
     Args:
         step: the denoising step about to run.
-        members: sorted by name, as the passes will be.
+        members: in the user's order; the passes are sorted by name.
         order: which class comes first.
         switching: whether the dominance changes hands at this step.
         probing: whether it is one of the `probe_steps`.
@@ -70,7 +70,7 @@ def read(
         late[step.index] = high < threshold
         # m itself is written down so that the threshold can be calibrated on recorded runs
         row |= {"late": float(late[step.index]), "high": high}
-    names = [member.name for member in members] if probing else []
+    names = sorted(member.name for member in members) if probing else []
     observe = _observing(row, names, split) if len(row) > 1 or probing else None
     return Readings(eras(members, order, step.observed), late, probing, observe)
 
@@ -109,13 +109,13 @@ def probe_steps(members: Sequence[Member], count: int, late: float, probes: int)
 
 
 def _observing(row: Mapping[str, float], names: Sequence[str], split: float) -> Observe:
-    """`row` and the shares of ``names``, the first passes, against the last pass, the base's."""
+    """`row` and the shares of ``names``, one per pass, against the last pass, the base's."""
 
     def observe(sample: Tensor, outputs: Tensor) -> Mapping[str, float]:
         from cmlora.frequency.spectrum import energy_ratio
 
         found = dict(row)
-        for name, output in zip(names, outputs, strict=False):
+        for name, output in zip(names, outputs[: len(names)], strict=True):
             contribution = output.float() - outputs[-1].float()
             if contribution.any():  # a LoRA that does nothing has no frequency
                 found[f"frequency:{name}"] = float(energy_ratio(contribution, split).mean())

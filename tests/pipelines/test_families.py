@@ -55,6 +55,10 @@ def test_files_are_loaded_and_composed(name: str, tmp_path: Path) -> None:
     quarter = draw(lora_weights={"ink": 0.75}, **single)
     torch.testing.assert_close(half, quarter, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(half, result, atol=1e-3)
+    for other in ({"composition": "gate"}, {"composition": "merge", "execution": "fused"}):
+        whole, less = dict.fromkeys(families.NAMES, 1.5), dict.fromkeys(families.NAMES, 0.75)
+        half = draw(lora_weights=whole, lora_scale=0.5, **other)
+        torch.testing.assert_close(half, draw(lora_weights=less, **other), rtol=1e-4, atol=1e-4)
     assert torch.isfinite(draw(composition="cmlora")).all()
     assert default_cache("cmlora", fresh.pipe, []) == "nonuniform"
     assert pipe.report is not None

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
 from cmlora.errors import CmloraError
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
@@ -161,3 +161,52 @@ def test_everything_else_is_the_wrapped_pipelines(pipe: CMLoRAPipeline) -> None:
     assert pipe.to("cpu") is pipe
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = pipe.no_such_thing
+
+
+def test_what_is_set_is_set_in_the_wrapped_pipeline(loaded: CMLoRAPipeline) -> None:
+    before = loaded("a cat", seed=1, **CALL).images
+    other = EulerDiscreteScheduler.from_config(loaded.scheduler.config)
+    loaded.scheduler = other
+    assert loaded.pipe.scheduler is other
+    assert "scheduler" not in vars(loaded)
+    assert np.abs(loaded("a cat", seed=1, **CALL).images - before).max() > 1e-3
+    loaded.mine = 3
+    assert vars(loaded)["mine"] == 3
+    assert not hasattr(loaded.pipe, "mine")
+
+
+def test_some_loras_are_taken_out(loaded: CMLoRAPipeline, lora_folder: Path) -> None:
+    whole = loaded("a cat", seed=1, **CALL).images
+    rest = loaded("a cat", seed=1, lora_weights={"cat": 1.0, "ink": 1.0}, **CALL).images
+    with pytest.raises(CmloraError, match="no LoRA 'dog' is loaded; loaded: cat, hat, ink"):
+        loaded.delete_adapters(["hat", "dog"])
+    assert list(loaded.loras) == ["cat", "hat", "ink"]
+    loaded.delete_adapters("hat")
+    assert list(loaded.loras) == ["cat", "ink"]
+    np.testing.assert_array_equal(loaded("a cat", seed=1, **CALL).images, rest)
+    loaded.load_lora_weights(lora_folder / "hat.safetensors")
+    np.testing.assert_array_equal(loaded("a cat", seed=1, **CALL).images, whole)
+
+
+def test_the_scale_of_a_call_is_that_of_the_denoiser(loaded: CMLoRAPipeline) -> None:
+    names = list(loaded.loras)
+    half = dict.fromkeys(names, 0.5)
+    ours = loaded("a cat", composition="gate", seed=1, lora_scale=0.5, **CALL).images
+    texts = dict.fromkeys(names, 1.0)
+    same = loaded(
+        "a cat", composition="gate", seed=1, lora_weights=half, text_weights=texts, **CALL
+    ).images
+    np.testing.assert_array_equal(ours, same)
+    quiet = loaded(
+        "a cat",
+        composition="gate",
+        seed=1,
+        lora_scale=0.5,
+        schedule="<lora:cat:te=0>",
+        text_weights={"hat": 0.0, "ink": 0.0},
+        **CALL,
+    ).images
+    silent = loaded(
+        "a cat", composition="gate", seed=1, lora_weights=half, text_encoder="none", **CALL
+    ).images
+    np.testing.assert_allclose(quiet, silent, atol=1e-6)

@@ -136,6 +136,17 @@ def test_known_loras_need_no_base_pass() -> None:
         assert all(len(plan.passes) == 3 for plan in plans)
 
 
+@pytest.mark.parametrize("members", [UNKNOWN, UNKNOWN[::-1]])
+def test_what_is_measured_belongs_to_its_lora_in_any_order(members: list[Member]) -> None:
+    base = noise(7)
+    outputs = {"x": base + smooth(), "y": base + noise(1), "z": base}
+    _, observed = play(members, 4, outputs=outputs, probes=1)
+    first = observed[0]
+    assert first["frequency:x"] == pytest.approx(float(energy_ratio(smooth()).mean()), abs=1e-4)
+    assert first["frequency:y"] == pytest.approx(float(energy_ratio(noise(1)).mean()), abs=1e-4)
+    assert "frequency:z" not in first
+
+
 def test_unknown_loras_are_measured_against_the_base_model() -> None:
     base = noise(7)
     outputs = {"x": base + smooth(), "y": base + noise(1), "z": base + 0.1 * noise(2)}
