@@ -190,7 +190,7 @@ def compose(
     choice: Callable[[int], Choice] | None = None
     if label == "auto" and composed:
         known = updates(models.values(), names)
-        strategy = knowing(known)
+        strategy = knowing(known, cached=cache != "none")
         cacheable = _cacheable(pipe, models.values(), names)
         choice = partial(decide, known, chosen, composed, cacheable=cacheable)
         guess = choice(_STEPS)
@@ -224,6 +224,9 @@ def compose(
         counter=MacCounter() if count_macs else None,
     )
     caches = {name: _cache(model, policy, cut) for name, model in models.items()}
+    acting = {lora for switch in switches.values() for lora in switch.names}
+    # one that acts in text encoders alone has a pass of its own where it has embeddings of its own
+    placed = acting if prompts is not None else {*names, *acting}
     with ExitStack() as stack:
         for each in everything:
             stack.callback(each.restore, each.snapshot())
@@ -251,7 +254,7 @@ def compose(
                 prompts=prompts,
                 execution=execution,
                 shared=insisted,
-                absent={lora for each in switches.values() for lora in each.names} - {*own.names},
+                absent=placed - {*own.names},
             )
             stack.callback(Attachment(model, hook, HOOK).remove)
             forget_children(model)
@@ -287,7 +290,7 @@ def _cacheable(pipe: Any, models: Iterable[nn.Module], loras: Iterable[str]) -> 
 
 def _arranged(strategy: Strategy, curves: Schedule, uncond: Uncond) -> Strategy:
     """The strategy with a schedule on it, and with one unconditional branch for all."""
-    inner = scheduled(strategy, curves) if curves.tracks else strategy
+    inner = scheduled(strategy, curves)
     if uncond == "per_lora":
         return inner
 

@@ -19,8 +19,9 @@ from cmlora.errors import CmloraError
 from cmlora.pipelines.assembly import assemble as assemble
 from cmlora.pipelines.assembly import restore as restore
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
-from cmlora.pipelines.ensemble import default_cache
-from cmlora.pipelines.native import native_guidance, native_size, unit
+from cmlora.pipelines.ensemble import Loaded, default_cache
+from cmlora.pipelines.feasible import carrying_out, check_size
+from cmlora.pipelines.native import native_guidance, native_size
 from cmlora.plan import Member, Strategy
 from cmlora.recipe import Companion, Ingredient, Recipe, current_versions
 from cmlora.relevance import weighed
@@ -53,7 +54,7 @@ class Wish:
         guidance_scale: of classifier-free guidance; ``None`` is 7.5, or 4 for the embedded model.
         size: width and height in pixels; ``None`` is the model's.
         seed: of the initial noise.
-        order: the LoRAs' names in the order of their turns; empty is by name.
+        order: the LoRAs' names in the order of their turns; empty is by category, then by name.
     """
 
     prompt: str
@@ -131,10 +132,10 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
             for member in members
             for lora in [pipe.loras[member.name]]
         ),
-        order=wish.order or chosen.order,
+        order=_turns(wish.order or chosen.order or tuple(loras)),
         method=wish.method,
         options=recorded(wish.method, options, defaults(METHODS[wish.method].object)),
-        schedule=write_schedule(_checked_schedule(wish.schedule, weights)),
+        schedule=write_schedule(_schedule(wish.schedule, pipe.loras)),
         uncond=wish.uncond,
         execution=wish.execution,
         threads=wish.threads,
@@ -184,10 +185,26 @@ def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, Choice]:
     return settled_wish, chosen
 
 
-def _checked_schedule(text: str, weights: Mapping[str, float]) -> Schedule:
-    """A schedule that names no other LoRAs than those that are composed."""
-    schedule = parse_schedule(text)
-    schedule.check(list(weights))
+def _turns(order: tuple[str, ...]) -> tuple[str, ...]:
+    """An order as recipes keep it, where none is by name."""
+    return () if list(order) == sorted(order) else order
+
+
+def _schedule(text: str, loras: Mapping[str, Loaded]) -> Schedule:
+    """A schedule by the names that LoRAs have in the pipeline; it may name their files instead.
+
+    Raises:
+        CmloraError: if it names another LoRA.
+    """
+    by_file: dict[str, list[str]] = {}
+    for name, lora in loras.items():
+        by_file.setdefault(lora.path.stem, []).append(name)
+    tracks = []
+    for track in parse_schedule(text).tracks:
+        named = [track.lora] if track.lora in loras else by_file.get(track.lora, [track.lora])
+        tracks += [replace(track, lora=name) for name in named]
+    schedule = Schedule(tuple(tracks))
+    schedule.check(list(loras))
     return schedule
 
 
@@ -213,7 +230,7 @@ def render(
             measures what the method does while it does it.
 
     Raises:
-        CmloraError: if the engine refuses it.
+        CmloraError: if the engine or the scheduler refuses it, or the memory is not enough.
     """
     weights = {lora.name: lora.weight for lora in recipe.loras}
     known = {member.name: member for member in pipe.ensemble.members(weights)}
@@ -235,7 +252,7 @@ def render(
         on_latents(index, values.get("latents"))
         return values
 
-    with threads(recipe.threads):
+    with threads(recipe.threads), carrying_out(recipe):
         output = pipe(
             recipe.prompt,
             **_guided(pipe.pipe, recipe),
@@ -292,9 +309,7 @@ def threads(count: int) -> Iterator[None]:
 def _size(pipe: CMLoRAPipeline, wish: Wish) -> tuple[int, int]:
     """The picture's width and height, refused if the model cannot make it."""
     size = wish.size or native_size(pipe.pipe)
-    least = unit(pipe.pipe)
-    if min(size) < least or any(side % least for side in size):
-        raise CmloraError(f"size {size[0]}x{size[1]}: both must be positive multiples of {least}")
+    check_size(pipe.pipe, size)
     return size
 
 

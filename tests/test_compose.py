@@ -125,6 +125,41 @@ def test_strengths_of_zero_are_the_base_model(loaded: Any) -> None:
         )
 
 
+@pytest.mark.parametrize("method", ["merge", "switch", "composite", "select", "cmlora", "auto"])
+def test_a_strength_of_zero_is_no_part(sd15: Any, method: str) -> None:
+    options: dict[str, Any] = {"method": method, "cache": "uniform:2"}
+    with compose(sd15, {"ink": 1.0, "forest": 0.8}, **options) as two:
+        expected = tiny.run(sd15, steps=4)
+    with compose(sd15, {"ink": 1.0, "alice": 0.0, "forest": 0.8}, **options) as three:
+        assert torch.equal(tiny.run(sd15, steps=4), expected)
+    assert three.report.full == two.report.full
+
+
+@pytest.mark.parametrize("text_encoder", ["all", "none", "per_lora"])
+def test_a_lora_of_the_text_encoder_has_a_pass_for_its_own_embeddings(text_encoder: Any) -> None:
+    pipe = tiny.sd15()
+    tiny.add_loras(pipe, ["ink"], text=True)
+    tiny.adapt(pipe.text_encoder, ["words"], tiny.TEXT_TARGETS)
+    with compose(
+        pipe, ["ink", "words"], method="composite", text_encoder=text_encoder
+    ) as composition:
+        tiny.run(pipe, steps=2)
+    passes = composition.report.full
+    assert passes == ({"ink": 2, "words": 2} if text_encoder == "per_lora" else {"ink": 2})
+    with compose(pipe, ["words"], method="composite", text_encoder=text_encoder) as composition:
+        tiny.run(pipe, steps=2)
+    assert composition.report.full == {"words" if text_encoder == "per_lora" else "base": 2}
+
+
+@pytest.mark.parametrize(("steps", "cache"), [(8, "none"), (8, "uniform:4"), (12, "none")])
+def test_what_auto_chose_for_more_steps_is_not_reused_in_few(steps: int, cache: str) -> None:
+    pipe = pipeline("sd15")
+    with compose(pipe, ["ink", "alice"], method="auto", plain=False, cache=cache) as composition:
+        tiny.run(pipe, steps=steps)
+        assert composition.reason.startswith("merge" if steps == 8 else "select with uniform:2")
+    assert bool(composition.report.light) == (steps == 12 or cache != "none")
+
+
 @pytest.mark.parametrize(("method", "cache"), [("merge", "none"), ("cmlora", "uniform:2")])
 def test_order_of_loading_changes_no_bit(method: str, cache: str) -> None:
     results = []

@@ -107,10 +107,12 @@ def tagged(prompt: str, schedule: str, loras: Sequence[str]) -> tuple[str, str, 
     """
     if "<lora:" not in prompt:
         return prompt, schedule, list(loras)
+    from cmlora.pipelines.library import adapter_name
     from cmlora.schedules.parse import parse, write_schedule
 
     found = parse(prompt)
-    known = {Path(weighted(text)[0]).stem for text in loras}
+    files = [Path(weighted(text)[0]) for text in loras]
+    known = {file.stem for file in files} | {adapter_name(file, ()) for file in files}
     added = [name for name in found.schedule.names if name not in known]
     text = f"{schedule} {write_schedule(found.schedule)}".strip()
     return found.prompt, text, [*loras, *added]

@@ -17,25 +17,27 @@ _ONE_EACH = ("coefficients",)
 def scheduled(strategy: Strategy, schedule: Schedule) -> Strategy:
     """The strategy with every LoRA's weight multiplied by its curve at the step about to run.
 
-    A LoRA whose strength is 0 everywhere at a step takes no part in it: others have its turn and
-    its share. If none is left, the base model runs alone.
+    A LoRA whose strength is 0 everywhere at a step, by its curve or its weight, takes no part in
+    it: others have its turn and its share. If none is left, the base model runs alone.
 
     Args:
         strategy: any.
-        schedule: curves of some or all of the LoRAs.
+        schedule: curves of some or all of the LoRAs, or none.
     """
 
     def run(
         step: Step, members: Sequence[Member], policy: Policy, *args: Any, **options: Any
     ) -> Plan:
         factors = {member.name: schedule.factor(member.name, step) for member in members}
-        active = [member for member in members if not silent(factors[member.name])]
+        active = [m for m in members if m.weight != 0 and not silent(factors[m.name])]
         if members and not active:
             return Plan((Pass({}, not renewed(policy, step, 1)[0]),))
         for name in _ONE_EACH:
             if options.get(name) is not None and len(active) < len(members):
                 options[name] = _restricted(options[name], members, active)
         plan = strategy(step, active, policy, *args, **options)
+        if not schedule.tracks:
+            return plan
         passes = tuple(
             replace(
                 item,

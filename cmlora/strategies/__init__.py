@@ -9,6 +9,8 @@ from cmlora.caching.policy import parse
 from cmlora.errors import CmloraError
 from cmlora.plan import Member, Plan, Policy, Step, Strategy
 from cmlora.registry import Entry, Registry
+from cmlora.schedules.apply import scheduled
+from cmlora.schedules.schedule import Schedule
 from cmlora.strategies.auto import auto
 from cmlora.strategies.cmlora import cmlora
 from cmlora.strategies.composite import composite
@@ -131,5 +133,5 @@ def schedule(
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise CmloraError(f"a run has {count!r} steps; the number must be 1 or more")
     strategy, known = METHODS[method].object, check_options(method, options)
-    refreshing = parse(policy)
-    return tuple(strategy(Step(i, count), members, refreshing, **known) for i in range(count))
+    refreshing, acting = parse(policy), scheduled(strategy, Schedule())
+    return tuple(acting(Step(i, count), members, refreshing, **known) for i in range(count))

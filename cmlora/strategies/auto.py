@@ -78,12 +78,21 @@ def auto(
     return plan_of(chosen, step, members, policy)
 
 
-def knowing(known: Updates) -> Strategy:
-    """`auto` with what is known of the LoRAs' updates."""
+def knowing(known: Updates, *, cached: bool = False) -> Strategy:
+    """`auto` with what is known of the LoRAs' updates.
+
+    Args:
+        known: of the LoRAs.
+        cached: whether the user wants features reused. Otherwise the policy is what seemed right
+            before the number of steps was known, and a choice without cache reuses nothing.
+    """
 
     def informed(step: Step, members: Sequence[Member], policy: Policy, **options: Any) -> Plan:
         chosen = decide(known, options, members, step.count, cacheable=policy.reuse)
-        return plan_of(chosen, step, members, policy)
+        plan = plan_of(chosen, step, members, policy)
+        if cached or chosen.cache != "none":
+            return plan
+        return replace(plan, passes=tuple(replace(p, may_reuse=False) for p in plan.passes))
 
     return informed
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
+from cmlora.errors import CmloraError
 from cmlora.plan import Member, Pass, Plan, Policy, Step, Strength
 from cmlora.strategies._passes import by_name, may_reuse, together
 from cmlora.strategies.options import Between
@@ -127,6 +128,9 @@ def masses(denoiser: Any, names: Sequence[str]) -> dict[str, dict[str, tuple[flo
 
     Returns:
         by LoRA and module, the sum of its K largest absolute entries and of all of them.
+
+    Raises:
+        CmloraError: if the weights cannot be read.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -138,7 +142,13 @@ def masses(denoiser: Any, names: Sequence[str]) -> dict[str, dict[str, tuple[flo
         ranks = sorted((_rank(layer.r[name]) for name in held), reverse=True)
         largest = ranks[0] * ranks[1] if len(ranks) > 1 else ranks[0] ** 2 if ranks else 0
         for name in held:
-            entries = layer.get_delta_weight(name).detach().float().abs().flatten()
+            update = layer.get_delta_weight(name).detach()
+            if update.is_meta:
+                raise CmloraError(
+                    "klora compares the weights of the LoRAs, which sequential offloading keeps "
+                    "out of reach; use enable_model_cpu_offload() or another method"
+                )
+            entries = update.float().abs().flatten()
             top = entries.topk(min(largest, entries.numel())).values
             found[name][path] = (float(top.sum()), float(entries.sum()))
     return found

@@ -77,6 +77,27 @@ def test_weight_seed_and_prompt_make_a_difference(generate: list[str], tmp_path:
     assert len(pictures) == len(variations)
 
 
+@pytest.mark.parametrize("spelt", ["ink v1.5-b", "ink_v1_5_b"])
+@pytest.mark.parametrize("named", [True, False])
+def test_tags_go_by_the_name_of_the_file_or_of_the_adapter(
+    generate: list[str], lora_folder: Path, tmp_path: Path, spelt: str, named: bool
+) -> None:
+    folder = tmp_path / "loras"
+    shutil.copytree(lora_folder, folder)
+    file = folder / "ink v1.5-b.safetensors"
+    (folder / "ink.safetensors").rename(file)
+    plain, tagged = tmp_path / "plain.png", tmp_path / "tagged.png"
+    common = [*generate, "--lora-dir", str(folder)]
+    run(*common, "--prompt", "a cat", "--lora", f"{file}:0.5", "--out", str(plain))
+    if not named and spelt != file.stem:
+        assert "did you mean" in complaint([*common, "--prompt", f"a cat <lora:{spelt}:0.5>"])
+        return
+    given = ["--lora", str(file)] if named else []
+    run(*common, *given, "--prompt", f"a cat <lora:{spelt}:0.5>", "--out", str(tagged))
+    with Image.open(plain) as first, Image.open(tagged) as second:
+        assert first.tobytes() == second.tobytes()
+
+
 def test_a_changed_lora_is_not_replayed(
     generate: list[str], lora_folder: Path, tmp_path: Path
 ) -> None:

@@ -67,6 +67,26 @@ def test_loading_order_does_not_matter(model_folder: Path, lora_folder: Path) ->
     assert len(pictures) == len(recipes) == 1
 
 
+def test_turns_are_those_of_the_pipeline() -> None:
+    pipe = assemble("emoji", [("background_1", 1.0), ("character_1", 1.0)])
+    wish = Wish("zorbo on a dunlo", method="switch", steps=3, seed=5, guidance_scale=1.0)
+    made = write_recipe(pipe, wish)
+    assert made.order == ("character_1", "background_1")
+    called = pipe(
+        wish.prompt,
+        composition="switch",
+        seed=5,
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        width=made.width,
+        height=made.height,
+    )
+    assert render(pipe, made).image.tobytes() == called.images[0].tobytes()
+    by_name = write_recipe(pipe, dataclasses.replace(wish, order=("background_1", "character_1")))
+    assert by_name.order == ()
+    assert render(pipe, by_name).image.tobytes() != called.images[0].tobytes()
+
+
 def test_every_step_is_told(model_folder: Path, lora_folder: Path) -> None:
     pipe = assemble(model_folder, [("cat", 1.0)], folder=lora_folder)
     steps = []

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from accelerate import cpu_offload
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from cmlora.compose import compose
+from cmlora.errors import CmloraError
 from cmlora.plan import Member, Strength
 from cmlora.strategies import schedule
 from cmlora.strategies.klora import masses, scale, table
@@ -155,3 +158,13 @@ def test_every_layer_has_one_lora_when_it_runs() -> None:
         handle.remove()
     assert {len(active) for active in seen} == {1}
     assert {name for active in seen for name in active} == {"cat", "ink"}
+
+
+def test_weights_out_of_reach_are_refused() -> None:
+    pipe = tiny.sd15()
+    tiny.add_loras(pipe, ("ink", "cat"))
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    with pytest.raises(CmloraError, match="sequential offloading keeps out of reach"):
+        compose(pipe, ["ink", "cat"], method="klora")
+    with compose(pipe, ["ink", "cat"], method="merge"):
+        tiny.run(pipe, steps=1)
