@@ -1,21 +1,23 @@
 """Schedules in the syntax of other programs, and as a plain diffusers script.
 
 Where a syntax has no form for something, that is an error and not an approximation; eased curves,
-which loractl and prompt-control do not know, are written as ``samples`` straight or flat pieces.
+which loractl does not know, and slopes, which prompt-control does not know, are written as
+``samples`` straight or flat pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from cmlora.errors import CmloraError
 from cmlora.plan import Step
-from cmlora.schedules.curve import Curve
+from cmlora.schedules.curve import Curve, constant
 from cmlora.schedules.schedule import Schedule, Track
 from cmlora.schedules.tags import write_number, write_points
 
-JUMP = 1e-4
-"""loractl has no jumps: they are written as slopes this long."""
+_NO_NAME = {"A1111": ":>=#\\", "loractl": ":>=#\\", "prompt-control": ":<>#\\"}
+"""Characters that end a name, begin a comment or escape there or here, and have no escape there."""
 
 _BY_PART = """parts = pipe.get_list_adapters()
 first = [
@@ -33,10 +35,11 @@ def a1111(schedule: Schedule, weights: Mapping[str, float]) -> str:
         weights: of all LoRAs; what has no curve keeps its weight.
 
     Raises:
-        CmloraError: for a curve that changes, or one for blocks.
+        CmloraError: for a curve that changes, one for blocks, or a name that cannot be in a tag.
     """
     tags = []
     for name, weight in weights.items():
+        _check_name(name, "A1111")
         track = _only(schedule, name, "A1111")
         value = 1.0 if track is None else _constant(track, "A1111")
         text = schedule.text_factor(name) * weight
@@ -55,10 +58,12 @@ def loractl(schedule: Schedule, weights: Mapping[str, float], *, samples: int = 
         samples: pieces per eased part of a curve.
 
     Raises:
-        CmloraError: for a curve over noise levels, or one for blocks.
+        CmloraError: for a curve over noise levels, one for blocks, or a name that cannot be in a
+            tag.
     """
     tags = []
     for name, weight in weights.items():
+        _check_name(name, "loractl")
         track = _only(schedule, name, "loractl")
         text = _short(schedule.text_factor(name) * weight)
         if track is None or track.curve.constant:
@@ -75,35 +80,57 @@ def loractl(schedule: Schedule, weights: Mapping[str, float], *, samples: int = 
 def prompt_control(schedule: Schedule, weights: Mapping[str, float], *, samples: int = 16) -> str:
     """``[<lora:name:unet:te>:..:0.5]`` for every LoRA, ComfyUI's order of numbers.
 
+    Many pieces are a sequence, ``[SEQ:..:0.2:..:0.4]``. Where a LoRA is off in the denoiser, its
+    tag keeps the strength in the text encoders, ``<lora:name:0:te>``. Only brackets that switch
+    one number for both are written as usual, without it: `cmlora.schedules.parse` reads that
+    number for the whole prompt, while prompt-control encodes the prompt anew at every switch.
+
     Args:
         schedule: curves over fractions, not for blocks.
         weights: of all LoRAs.
         samples: flat pieces per sloping part of a curve.
 
     Raises:
-        CmloraError: for a curve over steps or noise levels, or one for blocks.
+        CmloraError: for a curve over steps or noise levels, one for blocks, or a name that cannot
+            be in a tag.
     """
     tags = []
     for name, weight in weights.items():
+        _check_name(name, "prompt-control")
         track = _only(schedule, name, "prompt-control")
-        text = schedule.text_factor(name) * weight
-
-        def tag(value: float, name: str = name, weight: float = weight, text: float = text) -> str:
-            unet = value * weight
-            numbers = [unet] if unet == text else [unet, text]
-            return f"<lora:{':'.join([name, *map(_short, numbers)])}>" if unet else ""
-
-        if track is None or track.curve.constant:
-            tags.append(tag(1.0 if track is None else track.curve.points[0][1]))
-            continue
-        if track.curve.over != "fraction":
+        curve = constant(1.0) if track is None else track.curve
+        if not curve.constant and curve.over != "fraction":
             raise CmloraError(f"{name}: prompt-control has curves over fractions of a run only")
-        pieces = _flat(track.curve, samples)
-        nested = tag(pieces[-1][1])
-        for (_, value), (place, _) in zip(pieces[-2::-1], pieces[:0:-1], strict=True):
-            nested = f"[{tag(value)}:{nested}:{_short(place)}]"
-        tags.append(nested)
-    return " ".join(filter(None, tags))
+        pieces = [(place, value * weight) for place, value in _flat(curve, samples)]
+        tags.append(_switched(name, pieces, schedule.text_factor(name) * weight))
+    return " ".join(tags)
+
+
+def _switched(name: str, pieces: Sequence[tuple[float, float]], text: float) -> str:
+    """Tags in brackets of prompt-control.
+
+    Args:
+        name: of the LoRA.
+        pieces: where each begins, and its strength in the denoiser.
+        text: strength in the text encoders.
+    """
+    strengths = {value for _, value in pieces if value}
+    # a LoRA without any tag would lose its strength in the text encoders
+    bare = bool(strengths) and (text == 0 or strengths == {text})
+    tags = []
+    for _, value in pieces:
+        numbers = [value] if value == text else [value, text]
+        tag = f"<lora:{':'.join([name, *map(_short, numbers)])}>"
+        tags.append("" if bare and not value else tag)
+    places = [write_number(place) for place, _ in pieces[1:]]
+    if len(pieces) > 3:
+        last = [tags[-1], "1.0"] if tags[-1] else []
+        listed = [word for pair in zip(tags[:-1], places, strict=True) for word in pair]
+        return f"[{':'.join(['SEQ', *listed, *last])}]"
+    nested = tags[-1]
+    for tag, place in zip(tags[-2::-1], places[::-1], strict=True):
+        nested = f"[{tag}:{nested}:{place}]"
+    return nested
 
 
 def diffusers(
@@ -167,6 +194,21 @@ def _only(schedule: Schedule, name: str, program: str) -> Track | None:
     return mine[0] if mine else None
 
 
+def _check_name(name: str, program: str) -> None:
+    """Raises `CmloraError` unless a tag can name the LoRA."""
+    for character in _NO_NAME[program]:
+        if character in name:
+            raise CmloraError(
+                f"{name}: {program} has no form for {character!r} in a LoRA's name; "
+                "give the LoRA another name"
+            )
+    if name.strip() != name or not name:
+        raise CmloraError(
+            f"{name!r}: {program} has no form for a LoRA's name that is empty or has blanks at its "
+            "ends; give the LoRA another name"
+        )
+
+
 def _constant(track: Track, program: str) -> float:
     if not track.curve.constant:
         raise CmloraError(f"{track.lora}: {program} has one strength for the whole run")
@@ -174,41 +216,42 @@ def _constant(track: Track, program: str) -> float:
 
 
 def _straight(curve: Curve, samples: int) -> list[tuple[float, float]]:
-    """Points between which a straight line is the curve, or near it."""
+    """Points between which a straight line is the curve, or near it; at two of one place it jumps.
+
+    loractl interpolates with `numpy.interp`, to which such a pair is a jump as well.
+    """
     found: list[tuple[float, float]] = []
-    points = curve.points
-    for i, (place, value) in enumerate(points):
-        if found and found[-1][0] >= place:
-            found[-1] = (place - JUMP, found[-1][1])  # a jump of the curve itself
+    for (place, value), (following, _) in pairwise(curve.points):
         found.append((place, value))
-        if i + 1 == len(points):
-            break
-        following = points[i + 1][0]
-        if following <= place:
-            continue
         if curve.ease == "hold":
-            found.append((following - min(JUMP, (following - place) / 2), value))
+            found.append((following, value))
         elif curve.ease != "linear":
-            width = (following - place) / samples
-            found += [
-                (place + k * width, curve.value(place + k * width)) for k in range(1, samples)
-            ]
-    return found
+            inner = _between(place, following, samples)
+            found += [(x, curve.value(x)) for x in inner]
+    found.append(curve.points[-1])
+    if curve.over == "step" and found[-1][0] <= 1:
+        found.append((2.0, found[-1][1]))  # places that are all up to 1 would be fractions
+    kept: list[tuple[float, float]] = []
+    for point in found:
+        here = [place for place, _ in kept[-2:]].count(point[0])
+        if here == 2 or (here and point[0] == 0):
+            kept.pop()  # of a jump only the values before and after are seen, at 0 the one after
+        if not kept or kept[-1] != point:
+            kept.append(point)
+    return kept
 
 
 def _flat(curve: Curve, samples: int) -> list[tuple[float, float]]:
     """(start, value) of flat pieces; a slope has the values in the middle of its pieces."""
     found: list[tuple[float, float]] = [(0.0, curve.value(0.0))]
-    for (place, value), (following, goal) in zip(curve.points, curve.points[1:], strict=False):
+    for (place, value), (following, goal) in pairwise(curve.points):
         if following <= place:
             continue
         if curve.ease == "hold" or value == goal:
             found.append((place, value))
             continue
-        width = (following - place) / samples
-        for k in range(samples):
-            start = place + k * width
-            found.append((start, curve.value(start + width / 2)))
+        edges = [place, *_between(place, following, samples), following]
+        found += [(start, curve.value((start + stop) / 2)) for start, stop in pairwise(edges)]
     if curve.points[-1][0] < 1:
         found.append(curve.points[-1])
     kept: list[tuple[float, float]] = []
@@ -218,6 +261,14 @@ def _flat(curve: Curve, samples: int) -> list[tuple[float, float]]:
         if not kept or kept[-1][1] != value:
             kept.append((place, value))
     return kept
+
+
+def _between(start: float, stop: float, samples: int) -> list[float]:
+    """Places that divide a part of a curve evenly."""
+    width = (stop - start) / samples
+    places = (start + k * width for k in range(1, samples))
+    rounded = (round(place, 6) if width > 1e-5 else place for place in places)
+    return [place for place in rounded if start < place < stop]
 
 
 def _short(value: float) -> str:

@@ -3,8 +3,9 @@
 prompt-control's brackets: ``[<lora:a:1>::0.5]`` is a until half of the run, ``[<lora:a:1>:0.5]``
 from there on, ``[<lora:a:1>:<lora:b:1>:0.5]`` first a and then b, ``[<lora:a:1>:0.2,0.6]`` a in
 between, ``[before:during:after:0.2,0.6]`` three in a row, ``[SEQ:a:0.2:b:0.6]`` one after
-another and then nothing, ``[a|b:0.1]`` in turns. They may be nested. Brackets without a LoRA tag
-in them are left in the prompt as they are.
+another and then nothing, ``[a|b:0.1]`` in turns. They may be nested. A LoRA for which its brackets
+leave no part of the run is never on. Brackets without a LoRA tag in them are left in the prompt as
+they are.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
-from cmlora.schedules.curve import Curve
+from cmlora.schedules.curve import Curve, constant
 from cmlora.schedules.schedule import Schedule, Track
 from cmlora.schedules.tags import Part, ScheduleError, Tag, read_tag, write_tag
 
 Order = Literal["te:unet", "unet:te"]
+
+_DEPTH = 100  # far below Python's recursion limit: schedules come with others' pictures
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ def parse(text: str, *, order: Order = "te:unet") -> Parsed:
     >>> found.prompt, found.schedule.tracks[0].curve.points
     ('a cat on a mat', ((0.0, 0.8), (0.5, 0.0)))
     """
+    if "<lora:" not in text:
+        return Parsed(text, Schedule())
     nodes, _ = _nodes(text, 0, "", order)
     kept: list[str] = []
     placed: list[tuple[Tag, _Window | None]] = []
@@ -93,7 +98,9 @@ def write_schedule(schedule: Schedule) -> str:
     return " ".join(write_tag(track) for track in schedule.tracks)
 
 
-def _nodes(text: str, start: int, stops: str, order: Order) -> tuple[list[_Node], int]:
+def _nodes(
+    text: str, start: int, stops: str, order: Order, depth: int = 0
+) -> tuple[list[_Node], int]:
     """Everything up to one of the characters in ``stops``, or to the end."""
     nodes: list[_Node] = []
     plain, begin, i = "", start, start
@@ -110,7 +117,7 @@ def _nodes(text: str, start: int, stops: str, order: Order) -> tuple[list[_Node]
             plain, begin = "", i
         elif text[i] == "[":
             flush()
-            bracket = _bracket(text, i, order)
+            bracket = _bracket(text, i, order, depth + 1)
             nodes.append(bracket)
             i = bracket.end
             plain, begin = "", i
@@ -122,11 +129,14 @@ def _nodes(text: str, start: int, stops: str, order: Order) -> tuple[list[_Node]
     return nodes, i
 
 
-def _bracket(text: str, start: int, order: Order) -> _Bracket:
+def _bracket(text: str, start: int, order: Order, depth: int) -> _Bracket:
     """The bracket that begins at a place; without an end it reaches to the end of the text."""
+    if depth > _DEPTH:
+        problem = f"more than {_DEPTH} brackets inside of each other; write [SEQ:..:0.2:..:0.6]"
+        raise ScheduleError(start, problem, text)
     found, i = _Bracket(start), start + 1
     while True:
-        part, i = _nodes(text, i, ":|]", order)
+        part, i = _nodes(text, i, ":|]", order, depth)
         found.parts.append(part)
         if i >= len(text):
             if _has_tag(found):
@@ -210,11 +220,13 @@ def _in_turns(bracket: _Bracket, outer: _Window, text: str) -> list[tuple[list[_
     if length <= 0 or length * 1000 < 1:
         raise ScheduleError(bracket.end - 1, "turns are at least 0.001 of the run", text)
     rows = []
-    for turn in range(math.ceil((outer[1] - outer[0]) / length - 1e-9)):
+    turns = max(0, math.ceil((outer[1] - outer[0]) / length - 1e-9))
+    for turn in range(turns):
         # 3 * 0.1 is above 0.3, and would be a step late
         start, stop = (round(outer[0] + n * length, 9) for n in (turn, turn + 1))
         rows.append((parts[turn % len(parts)], (start, min(stop, outer[1]))))
-    return rows
+    never = (outer[0], outer[0])
+    return [*rows, *((part, never) for part in parts[turns:])]
 
 
 def _sequence(bracket: _Bracket, outer: _Window, text: str) -> list[tuple[list[_Node], _Window]]:
@@ -268,22 +280,21 @@ def _tracks(placed: list[tuple[Tag, _Window | None]], text: str) -> tuple[Track,
     """One track per LoRA and blocks; windows of the same one become steps of one curve."""
     groups: dict[tuple[str, str | None], list[tuple[Tag, _Window | None]]] = {}
     for tag, window in placed:
-        if window is not None and window[0] >= window[1]:
-            continue  # nested brackets may leave nothing of a window
         groups.setdefault((tag.track.lora, tag.track.blocks), []).append((tag, window))
     return tuple(_joined(group, text) for group in groups.values())
 
 
 def _joined(group: list[tuple[Tag, _Window | None]], text: str) -> Track:
-    first, window = group[0]
-    if len(group) == 1 and window is None:
-        return first.track
-    rows = []
-    for tag, place in group:
-        curve = tag.track.curve
-        if place is not None and not curve.constant:
+    for tag, window in group:
+        if window is not None and not tag.track.curve.constant:
             raise ScheduleError(tag.start, "a curve inside of a bracket that switches it", text)
-        rows.append((place or (0.0, 1.0), curve.points[0][1], tag))
+    on = [(tag, window) for tag, window in group if window is None or window[0] < window[1]]
+    if not on:
+        return replace(group[0][0].track, curve=constant(0.0))
+    first, window = on[0]
+    if len(on) == 1 and window is None:
+        return first.track
+    rows = [(place or (0.0, 1.0), tag.track.curve.points[0][1], tag) for tag, place in on]
     rows.sort(key=lambda row: row[0])
     for (one, _, _), (other, _, tag) in pairwise(rows):
         if other[0] < one[1]:

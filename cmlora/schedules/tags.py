@@ -2,8 +2,9 @@
 
 A1111: ``<lora:name:te:unet>``, one number for both. loractl: a list ``value@place`` instead of a
 number, ``0@0,1@0.5``; places up to 1 are fractions of the run, larger ones steps. Block weights:
-``start=``, ``stop=``, ``step=5-15``. Ours: ``ease=``, ``over=``, ``blocks=``. A backslash makes an
-ordinary character of ``:``, ``>`` and itself.
+``start=``, ``stop=``, ``step=5-15``, places as well. Ours: ``over=``, which says what places are,
+``ease=``, ``blocks=``. One plain number is for both parts, one list for the denoiser alone. A
+backslash makes an ordinary character of ``:``, ``>`` and itself.
 """
 
 from __future__ import annotations
@@ -112,25 +113,33 @@ def _track(name: str, named: dict[str, Part], plain: int, whole: str) -> Track:
     ease = named.get("ease")
     text = named.get("te")
     unet = named.get("unet", text if plain == 1 else None)
+    bounds = [named[key] for key in ("start", "stop", "step") if key in named]
     curve = constant(1.0)
     if unet is not None:
         curve = _curve(unet, over, ease, whole)
-    elif over is not None or ease is not None:
+    elif not bounds and (over is not None or ease is not None):
         lonely: Any = over or ease
         raise ScheduleError(lonely.start, "there is no curve that this is about", whole)
     said = None
-    if text is not None and (text is not unet or curve.constant):
+    if text is not None and (text is not unet or not _listed(text)):
         said = _number(text, whole, "the prompt is encoded once, before the first step")
-    bounds = [named[key] for key in ("start", "stop", "step") if key in named]
     if bounds:
-        if not curve.constant or (unet is not None and "@" in unet.text):
+        if unet is not None and _listed(unet):
             raise ScheduleError(bounds[0].start, "a curve cannot have a window besides", whole)
+        if ease is not None:
+            problem = "a window is on or off and has no ease; write a curve such as 0@0,1@0.5"
+            raise ScheduleError(ease.start, problem, whole)
         curve = _window(named, curve.points[0][1], whole)
     blocks = named["blocks"].text if "blocks" in named else None
     try:
         return Track(name, curve, blocks or None, said)
     except CmloraError as error:
         raise ScheduleError(named["blocks"].start, str(error), whole) from None
+
+
+def _listed(part: Part) -> bool:
+    """Whether it is a list of ``value@place``, and no plain number."""
+    return any(sign in part.text for sign in "@,;")
 
 
 def _curve(part: Part, over: Part | None, ease: Part | None, whole: str) -> Curve:
@@ -144,7 +153,7 @@ def _curve(part: Part, over: Part | None, ease: Part | None, whole: str) -> Curv
             where = _number(Part(place, offset + len(value) + 1), whole) if at else 1.0
             points.append((where, number))
         offset += len(item)
-    if len(points) == 1 and "@" not in part.text:
+    if not _listed(part):
         points = [(0.0, points[0][1])]
     kind = "step" if any(place > 1 for place, _ in points) else "fraction"
     options: dict[str, Any] = {"over": kind if over is None else over.text.strip()}
@@ -159,7 +168,7 @@ def _curve(part: Part, over: Part | None, ease: Part | None, whole: str) -> Curv
 
 
 def _window(named: dict[str, Part], value: float, whole: str) -> Curve:
-    """``start=5``, ``stop=15`` or ``step=5-15``; fractions if none is above 1."""
+    """``start=5``, ``stop=15`` or ``step=5-15``; without ``over`` fractions if none is above 1."""
     edges: dict[str, float] = {}
     for key in ("start", "stop"):
         if key in named:
@@ -171,15 +180,25 @@ def _window(named: dict[str, Part], value: float, whole: str) -> Curve:
             raise ScheduleError(part.start, "write step=5-15, without start and stop", whole)
         edges["start"] = _number(Part(first, part.start), whole)
         edges["stop"] = _number(Part(last, part.start + len(first) + 1), whole)
-    over: Any = "step" if any(edge > 1 for edge in edges.values()) else "fraction"
+    over = named.get("over")
+    beyond = any(edge > 1 for edge in edges.values())
+    kind: Any = ("step" if beyond else "fraction") if over is None else over.text.strip()
+    if over is not None and kind == "fraction" and beyond:
+        problem = "a fraction of the run is at most 1; write over=step for steps"
+        raise ScheduleError(over.start, problem, whole)
     begin, end = edges.get("start", 0.0), edges.get("stop", math.inf)
     place = next(named[key].start for key in ("stop", "step", "start") if key in named)
     if not 0 <= begin < end:
-        raise ScheduleError(place, "a window ends after it begins", whole)
-    if end == math.inf:
-        points = ((0.0, 0.0), (begin, value)) if begin else ((0.0, value),)
-        return Curve(points, "hold", over)
-    return window(begin, end, value, over)
+        lower = "; the start of one over sigma is its lower noise level" if kind == "sigma" else ""
+        raise ScheduleError(place, f"a window ends after it begins{lower}", whole)
+    try:
+        if end == math.inf:
+            points = ((0.0, 0.0), (begin, value)) if begin else ((0.0, value),)
+            return Curve(points, "hold", kind)
+        return window(begin, end, value, kind)
+    except CmloraError as error:
+        where = place if over is None else over.start
+        raise ScheduleError(where, str(error).removeprefix("schedule: "), whole) from None
 
 
 def _number(part: Part, whole: str, why: str = "") -> float:

@@ -27,7 +27,7 @@ def test_strengths_are_shown_step_by_step() -> None:
 @pytest.mark.parametrize(
     ("to", "expected"),
     [
-        ("loractl", "<lora:ink:te=1:unet=1@0,1@0.4999,0@0.5>"),
+        ("loractl", "<lora:ink:te=1:unet=1@0,1@0.5,0@0.5>"),
         ("prompt-control", "[<lora:ink:1>::0.5]"),
         ("diffusers", "set_strengths"),
     ],
@@ -35,6 +35,12 @@ def test_strengths_are_shown_step_by_step() -> None:
 def test_it_is_written_for_other_programs(to: str, expected: str) -> None:
     assert expected in answer("[<lora:ink:1>::0.5]", "--to", to)
     assert expected in json.loads(answer("[<lora:ink:1>::0.5]", "--to", to, "--json"))["text"]
+
+
+@pytest.mark.parametrize("to", ["loractl", "prompt-control", "a1111"])
+def test_a_name_between_colons_stays_a_name(to: str) -> None:
+    text = "<lora:cat:0.3>" if to == "a1111" else "<lora:cat:0@0,1@0.3>"
+    assert "<lora:cat:" in answer(text, "--to", to)
 
 
 @pytest.mark.parametrize(

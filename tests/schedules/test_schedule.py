@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from cmlora.caching.policy import none
 from cmlora.errors import CmloraError
 from cmlora.plan import Member, Pass, Plan, Step, Strength
-from cmlora.schedules import export
 from cmlora.schedules.apply import scheduled
 from cmlora.schedules.curve import Curve, constant, window
 from cmlora.schedules.parse import parse_schedule
@@ -111,68 +110,6 @@ def test_unknown_loras_and_doubled_curves_are_named() -> None:
         Schedule((Track("a", constant(1.0), "down"), Track("a", constant(2.0), "down")))
     with pytest.raises(CmloraError, match="no regular expression"):
         Track("a", constant(1.0), "(")
-
-
-WEIGHTS = {"a": 0.5, "b": 2.0}
-
-
-def values(schedule: Schedule, weights: dict[str, float], steps: int) -> list[list[float]]:
-    """Strength of every LoRA at every step, weights included."""
-    return [
-        [strength_in(schedule.factor(n, Step(i, steps)), "") * w for n, w in weights.items()]
-        for i in range(steps)
-    ]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<lora:a:0@0,1@0.5><lora:b:0.25>",
-        "<lora:a:1@0,0@0.5:ease=hold>",
-        "<lora:a:0.2@0.1,1@0.3,0@0.9:ease=smooth>",
-        "[<lora:a:1>:<lora:b:1>:0.3]",
-        "<lora:a:0:1>",
-        "",
-    ],
-)
-def test_exports_are_read_back_with_the_same_strengths(text: str) -> None:
-    schedule = parse_schedule(text)
-    expected = values(schedule, WEIGHTS, 10)
-    ones = dict.fromkeys(WEIGHTS, 1.0)
-    smooth = "smooth" in text
-    again = parse_schedule(export.loractl(schedule, WEIGHTS, samples=64))
-    assert values(again, ones, 10) == [
-        pytest.approx(row, abs=2e-3 if smooth else 1e-5) for row in expected
-    ]
-    assert [again.text_factor(n) for n in ones] == [
-        pytest.approx(schedule.text_factor(n) * w) for n, w in WEIGHTS.items()
-    ]
-    written = export.prompt_control(schedule, WEIGHTS, samples=200)
-    again = parse_schedule(written, order="unet:te")
-    for row, other in zip(values(again, ones, 10), expected, strict=True):
-        assert row == pytest.approx(other, abs=0.01)
-
-
-def test_constant_schedules_are_a1111_tags() -> None:
-    schedule = parse_schedule("<lora:a:0.5:0.8>")
-    assert export.a1111(schedule, WEIGHTS) == "<lora:a:0.25:0.4> <lora:b:2>"
-    again = parse_schedule(export.a1111(schedule, WEIGHTS))
-    assert values(again, {"a": 1.0, "b": 1.0}, 3) == values(schedule, WEIGHTS, 3)
-
-
-@pytest.mark.parametrize(
-    ("writer", "text", "message"),
-    [
-        ("a1111", "<lora:a:0@0,1@1>", "one strength for the whole run"),
-        ("a1111", "<lora:a:1:blocks=down>", "no curves for blocks"),
-        ("loractl", "<lora:a:1@0,0@9:over=sigma>", "no curves over noise levels"),
-        ("prompt_control", "<lora:a:1@0,0@9>", "fractions of a run only"),
-        ("loractl", "<lora:a:1:blocks=down>", "no curves for blocks"),
-    ],
-)
-def test_what_has_no_form_elsewhere_is_refused(writer: str, text: str, message: str) -> None:
-    with pytest.raises(CmloraError, match=message):
-        getattr(export, writer)(parse_schedule(text), {"a": 1.0})
 
 
 def test_steps_of_all_methods_are_told_the_same_strength() -> None:
