@@ -16,6 +16,16 @@ from cmlora.source import Source, open_file
 
 PathLike = str | os.PathLike[str]
 
+_MUSUBI_MODULE = re.compile(
+    r"\.lora_(flux_2|framepack|hidream_o1|hv_1_5|ideogram4|kandinsky|krea2|qwen_image|wan|zimage)$"
+)
+"""Network modules that sd-scripts has not; both have ``networks.lora`` and some others."""
+_MUSUBI_MODEL = re.compile(
+    r"(hunyuan_video|wan|framepack|flux_kontext|flux_2|qwen_image|kandinsky5|z_image"
+    r"|hidream_o1|ideogram4|krea2)(_|$)"
+)
+"""What musubi calls the models it trains for; sd-scripts has other names for its own."""
+
 
 def describe(path: PathLike) -> dict[str, Any]:
     """Everything worth knowing about a LoRA file, as JSON types; never applies it.
@@ -77,7 +87,9 @@ def trainer(metadata: Mapping[str, str], keys: list[str]) -> str:
             return name
     if "ss_network_module" in metadata:
         module = metadata["ss_network_module"]
-        if "musubi" in metadata.get("ss_training_comment", "") or "_wan" in module:
+        version = metadata.get("ss_base_model_version", "")
+        told = "musubi" in metadata.get("ss_training_comment", "")
+        if told or _MUSUBI_MODULE.search(module) or _MUSUBI_MODEL.match(version):
             return f"musubi ({module})"
         return f"kohya ({module})"
     software = metadata.get("software", "")
@@ -85,8 +97,6 @@ def trainer(metadata: Mapping[str, str], keys: list[str]) -> str:
         return "ai-toolkit"
     if "lora_adapter_metadata" in metadata:
         return "diffusers"
-    if metadata.get("modelspec.implementation"):
-        return metadata["modelspec.implementation"]
     text = "\n".join(keys)
     for pattern, name in (
         (r"\.processor\.(qkv|proj)_lora\d?\.", "XLabs"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from cmlora import denoisers
 from cmlora.lora import LoRA
+from cmlora.originals import UNTRANSLATED
 
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
@@ -38,7 +39,11 @@ _WORDS = (
     (r"pixart", "PixArt"),
     (r"(?<![a-z])wan(?=transformer|$|[^a-z])", "Wan"),
     (r"lumina(?![-_ ]?next)", "Lumina 2"),
-    (r"hidream", "HiDream"),
+    (r"hidream(?![-_ ]?o1)", "HiDream"),
+    (r"hidream[-_ ]?o1", "HiDream-O1"),
+    (r"(?<![a-z])anima(?![a-z])", "Anima"),
+    (r"ideogram[-_ ]?4", "Ideogram 4"),
+    (r"krea[-_ ]?2", "Krea 2"),
     (r"hunyuan[-_ ]?video(?![-_ ]?1[-_. ]?5)|framepack", "HunyuanVideo"),
     (r"hunyuan[-_ ]?video[-_ ]?1[-_. ]?5", "HunyuanVideo 1.5"),
     (r"hunyuan[-_ ]?image", "HunyuanImage"),
@@ -78,9 +83,11 @@ _TABLES = {
     "hunyuan": "HunyuanVideo",
     "ltx": "LTX-Video",
     "lumina2": "Lumina 2",
+    "pixart": "PixArt",
     "sd3": "Stable Diffusion 3",
     "wan": "Wan",
     "z_image": "Z-Image",
+    **UNTRANSLATED,
 }
 
 _OWN = (
@@ -105,6 +112,8 @@ _SHARED = (
 _NAMESAKES = (
     {"FLUX.1", "Chroma"},
     {"HunyuanVideo", "HunyuanVideo 1.5", "HunyuanImage"},
+    {UNTRANSLATED["hunyuan_split"], "HunyuanVideo 1.5", "HunyuanImage"},
+    {UNTRANSLATED["cosmos"], "Anima"},
     {"LTX-Video", "LTX-2"},
     {"Lumina 2", "Z-Image"},
 )

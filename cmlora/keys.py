@@ -6,6 +6,7 @@
 | old diffusers | ``unet.(…).attn1.processor.to_q_lora.down.weight`` |
 | kohya | ``lora_unet_mid_block_attentions_0_proj_in.lora_down.weight``, ``.alpha`` |
 | kohya, original names | ``lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`` |
+| OneTrainer's OMI | ``transformer.double_blocks.0.img_attn.qkv.0.lora_down.weight`` |
 | LyCORIS | ``lycoris_transformer_blocks_0_attn_to_q.lokr_w1`` |
 | XLabs | ``double_blocks.0.processor.qkv_lora1.down.weight`` |
 | ComfyUI | ``diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`` |
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from cmlora import forms
 from cmlora.names import Context, target
-from cmlora.originals import Target, family
+from cmlora.originals import UNTRANSLATED, Target, family
 
 _ANY = r"(\.[^.]+)?"  # the adapter's name, which PEFT leaves in some files
 
@@ -55,6 +57,17 @@ _ROLES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"\.weight", "weight", ""),
     )
 )
+
+_FLUX = (
+    ("linear1", 7, 9),
+    (r"(img|txt)_mlp[._]0", 4, 6),
+    ("linear2", 1 / 5, 1 / 4),
+    (r"(img|txt)_mlp[._]2", 1 / 4, 1 / 3),
+)
+"""Layers with as many outputs for an input in FLUX.1, and in FLUX.2."""
+
+_NUMBERED = re.compile(r"(qkv|kv_linear|linear1)\.\d\.")
+"""The names of OneTrainer's OMI files."""
 
 _FORMS = (
     (r"\.vera_lambda_", "VeRA, which needs numbers that are not in the file"),
@@ -138,6 +151,11 @@ def layout(
             found[each.module][each.role] = key
             targets[each.module] = each.target
             namings |= {each.naming} - {""}
+    if context.table in UNTRANSLATED:
+        title = UNTRANSLATED[context.table]
+        text = f"layers of {title} by original names; only their names in diffusers are read"
+        leftover.update({key: text for key, why in leftover.items() if why == "unknown name"})
+    numbered = any(_NUMBERED.search(key) for key in keys)
     titles: dict[str, None] = {}
     for module in list(found):
         roles = found[module]
@@ -148,6 +166,9 @@ def layout(
             text = f"its module has no {' and no '.join(absent)}"
             leftover.update(dict.fromkeys(roles.values(), "unknown name" if plain else text))
             del found[module], targets[module]
+        elif numbered and "up" not in roles:
+            # OneTrainer puts halves in the original order in LoRAs only, whatever the form.
+            targets[module] = replace(targets[module], swapped=False)
     known = {title for roles in found.values() for title in forms.titles(roles)}
     ordered = tuple(title for title in titles if title in known or not found)
     return Layout(found, targets, leftover, " and ".join(sorted(namings)), ordered, context.table)
@@ -170,15 +191,30 @@ def part(key: str, context: Context | None = None) -> Part | None:
     >>> part("lora_unet_output_blocks_5_2_conv.lora_up.weight").module
     'unet.up_blocks.1.upsamplers.0.conv'
     """
+    end = _ending(key)
+    if end is None:
+        return None
+    found = target(end.stem, context or _context([key], 2, {}, ()), old=end.old)
+    return Part(found, end.role, end.naming) if found else None
+
+
+class _Ending(NamedTuple):
+    """A key without its ending, and what the ending says."""
+
+    stem: str
+    role: str
+    naming: str
+    old: bool
+
+
+def _ending(key: str) -> _Ending | None:
     for pattern, role, naming in _ROLES:
         match = pattern.search(key)
-        if match is None:
-            continue
-        groups = match.groupdict()
-        end = match.end("keep") if "keep" in groups else match.start()
-        old = match.group(0).startswith("_lora")
-        found = target(key[:end], context or _context([key], 2, {}, ()), old=old)
-        return Part(found, groups.get("role") or role, naming) if found else None
+        if match is not None:
+            groups = match.groupdict()
+            end = match.end("keep") if "keep" in groups else match.start()
+            old = match.group(0).startswith("_lora")
+            return _Ending(key[:end], groups.get("role") or role, naming, old)
     return None
 
 
@@ -189,23 +225,37 @@ def _context(
     modules: Iterable[str],
 ) -> Context:
     table = family(keys)
-    if table == "flux" and _is_flux2(shapes):
-        table = "flux2"
     modules = list(modules)
+    if table == "flux" and _is_flux2(shapes, modules):
+        table = "flux2"
     if table == "z_image" and _is_lumina2(shapes, modules):
         table = "lumina2"
     text = "\n".join(keys)
     # FLUX has one CLIP and T5, Stable Diffusion 3 two and T5.
     flux = table == "flux" or "single_transformer_blocks" in text
     t5 = "text_encoder_2" if flux else "text_encoder_3"
-    if table == "chroma":  # which has no CLIP
+    if table in ("chroma", "pixart"):  # which have no CLIP
         t5 = "text_encoder"
-    return Context(layers_per_block, table, t5, {name.replace(".", "_"): name for name in modules})
+    clip = "text_encoder_2" if table == "hunyuan" else "text_encoder"  # beside a Llama
+    flat = {name.replace(".", "_"): name for name in modules}
+    return Context(layers_per_block, table, t5, clip, flat)
 
 
-def _is_flux2(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """The gated feed-forward of FLUX.2 makes its first layers half as wide again."""
-    return any(ratio in (6, 9) for ratio in _ratios(shapes, r"(linear1|(img|txt)_mlp[._]0)"))
+def _is_flux2(shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]) -> bool:
+    """By the file's shapes, otherwise by the model's names.
+
+    The feed-forward of FLUX.2 is gated and three times as wide as its inputs, so that its first
+    layers are half as wide again as those of FLUX.1, where it is four times as wide.
+    """
+    first = False
+    for layer, one, two in _FLUX:
+        ratios = _ratios(shapes, layer)
+        if two in ratios:
+            return True
+        first = first or one in ratios
+    if any(inputs in (4096, 6144) for _, inputs in _sizes(shapes, r"attn[._](qkv|proj)")):
+        return True
+    return not first and any(re.search(r"to_qkv_mlp_proj|ff\.linear_in", n) for n in modules)
 
 
 def _is_lumina2(shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]) -> bool:
@@ -222,12 +272,27 @@ def _is_lumina2(shapes: Mapping[str, tuple[int, ...]], modules: Iterable[str]) -
 
 def _ratios(shapes: Mapping[str, tuple[int, ...]], layer: str) -> list[float]:
     """Outputs to inputs of the layers whose names end like that."""
-    sizes: dict[str, dict[str, int]] = {}
+    return [outputs / inputs for outputs, inputs in _sizes(shapes, layer)]
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], layer: str) -> list[tuple[int, int]]:
+    """Outputs and inputs of the layers whose names end like that, in any form that tells both."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
-        match = re.search(layer + r"\.lora_(?P<side>A|B|down|up)\.", key)
-        if match is not None and len(shape) == 2:
-            down = match["side"] in ("A", "down")
-            sizes.setdefault(key[: match.start("side")], {})["in" if down else "out"] = shape[
-                1 if down else 0
-            ]
-    return [s["out"] / s["in"] for s in sizes.values() if len(s) == 2 and s["in"]]
+        end = _ending(key) if re.search(layer, key) else None
+        if end is not None and re.search(f"({layer})$", end.stem):
+            found.setdefault(end.stem, {})[end.role] = shape
+    both = ((_outputs(roles), forms.inputs(roles)) for roles in found.values())
+    return [(outputs, inputs) for outputs, inputs in both if outputs and inputs]
+
+
+def _outputs(roles: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many outputs a layer has, by the shapes of its roles, if they tell."""
+    if "hada_t1" in roles or "lokr_t2" in roles:
+        return None
+    for role in ("up", "hada_w1_a", "diff", "b1"):
+        if len(roles.get(role, ())) > 1:
+            return roles[role][0]
+    small = roles.get("lokr_w1", roles.get("lokr_w1_a", ()))
+    large = roles.get("lokr_w2", roles.get("lokr_w2_a", ()))
+    return small[0] * large[0] if small and large else None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cmlora.lora import DENOISERS, TEXT_ENCODERS
-from cmlora.originals import Target, translate
+from cmlora.originals import Target, is_original, translate
 
 _FLAT = {
     "lora_unet": "",
@@ -33,7 +33,12 @@ _DOTTED = {
     "clip_l.transformer.": "text_encoder",
     "clip_g.transformer.": "text_encoder_2",
     "t5xxl.transformer.": "text_encoder_3",
+    "clip_l.": "text_encoder",
+    "clip_g.": "text_encoder_2",
+    "t5.": "text_encoder_3",
 }
+_OTHERS = ("text_encoders.", "llama.")
+"""Text encoders of dotted names that are in no pipeline here."""
 
 _UNET = re.compile(
     r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|(time|add|class)_embedding)([._]|$)"
@@ -86,12 +91,14 @@ class Context:
         layers_per_block: of the UNet, for LDM block numbers; 2 in all Stable Diffusion versions.
         table: whose original names they are, see `cmlora.originals.family`.
         t5: which component a T5 text encoder is.
+        clip: which component the smaller CLIP text encoder is.
         modules: names of the denoiser's layers, by the same name with underscores for dots.
     """
 
     layers_per_block: int = 2
     table: str | None = None
     t5: str = "text_encoder_3"
+    clip: str = "text_encoder"
     modules: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -117,8 +124,10 @@ def target(stem: str, context: Context, *, old: bool = False) -> Target | None:
         if stem.startswith(start):
             stem = stem.removeprefix(start)
             if component:
-                return _text(component, stem, context)
+                return _text(context.clip if "clip_l" in start else component, stem, context)
             return _denoiser(stem, context, sure=True)
+    if stem.startswith(_OTHERS):
+        return None
     component, _, name = stem.partition(".")
     if component in TEXT_ENCODERS:
         return _text(component, _old(name, component) if old else name, context)
@@ -148,6 +157,8 @@ def _denoiser(
         if found is not None:
             where = component or "transformer"
             return Target(tuple(f"{where}.{module}" for module in found[0]), found[1])
+        if is_original(name, context.table) and name not in context.modules.values():
+            return None
     name = name.replace(".processor.", ".")
     if _UNET.match(name):
         return Target((f"{component or 'unet'}.{name}",))
@@ -174,21 +185,24 @@ def _flat(component: str, flat: str, context: Context) -> Target | None:
     if component in TEXT_ENCODERS:
         name = _split(flat)
         return None if name is None else _text(component, name, context)
+    if context.table is not None:
+        # Before the model's names: Wan's norm3 is norm2 there, and another layer is norm3.
+        found = translate(flat, context.table)
+        if found is not None:
+            return Target(tuple(f"transformer.{module}" for module in found[0]), found[1])
     if flat in context.modules:
         name = context.modules[flat]
         return Target((f"{'unet' if _UNET.match(name) else 'transformer'}.{name}",))
     ldm = _expand_ldm(flat, context.layers_per_block)
     if ldm is not None:
         return Target((f"unet.{ldm}",))
-    if context.table is not None:
-        found = translate(flat, context.table)
-        if found is not None:
-            return Target(tuple(f"transformer.{module}" for module in found[0]), found[1])
     name = _split(flat)
     if name is None:
         return None
     if component == "" and name.startswith("text_model."):
         return Target((f"text_encoder.{name}",))
+    if context.table is not None and is_original(name, context.table):
+        return None
     return Target((f"{component or ('unet' if _UNET.match(name) else 'transformer')}.{name}",))
 
 

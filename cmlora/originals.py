@@ -1,7 +1,8 @@
 """Module names of the original model code, translated into those of diffusers.
 
 A line is ``original = diffusers``; ``#`` is a number. Several diffusers modules joined by ``+``
-were one matrix in the original, whose outputs are theirs one after the other. ``~`` marks a layer
+were one matrix in the original, whose outputs are theirs one after the other; with ``.0``, ``.1``
+and so on behind its name it is one of them, as OneTrainer's OMI files have it. ``~`` marks a layer
 whose two halves of outputs change places, because diffusers has scale before shift.
 """
 
@@ -11,10 +12,11 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from cmlora.originals_others import AURA_FLOW, CHROMA, LTX, LUMINA2
+from cmlora.originals_others import AURA_FLOW, CHROMA, LTX, LUMINA2, PIXART
 
 _FLUX = """
 img_in = x_embedder
+img_in.proj = x_embedder
 txt_in = context_embedder
 time_in.in_layer = time_text_embed.timestep_embedder.linear_1
 time_in.out_layer = time_text_embed.timestep_embedder.linear_2
@@ -74,21 +76,32 @@ final_layer.adaLN_modulation.1 = ~norm_out.linear
 """
 
 _HUNYUAN = """
+img_in.proj = x_embedder.proj
 txt_in.input_embedder = context_embedder.proj_in
 txt_in.t_embedder.mlp.0 = context_embedder.time_text_embed.timestep_embedder.linear_1
 txt_in.t_embedder.mlp.2 = context_embedder.time_text_embed.timestep_embedder.linear_2
+txt_in.t_embedder.linear_1 = context_embedder.time_text_embed.timestep_embedder.linear_1
+txt_in.t_embedder.linear_2 = context_embedder.time_text_embed.timestep_embedder.linear_2
 txt_in.c_embedder.linear_1 = context_embedder.time_text_embed.text_embedder.linear_1
 txt_in.c_embedder.linear_2 = context_embedder.time_text_embed.text_embedder.linear_2
 txt_in.individual_token_refiner.blocks.#.self_attn_qkv = \
 context_embedder.token_refiner.refiner_blocks.#.attn.to_q + to_k + to_v
 txt_in.individual_token_refiner.blocks.#.self_attn_proj = \
 context_embedder.token_refiner.refiner_blocks.#.attn.to_out.0
+txt_in.individual_token_refiner.blocks.#.mlp.fc0 = \
+context_embedder.token_refiner.refiner_blocks.#.ff.net.0.proj
 txt_in.individual_token_refiner.blocks.#.mlp.fc1 = \
 context_embedder.token_refiner.refiner_blocks.#.ff.net.0.proj
 txt_in.individual_token_refiner.blocks.#.mlp.fc2 = \
 context_embedder.token_refiner.refiner_blocks.#.ff.net.2
 txt_in.individual_token_refiner.blocks.#.adaLN_modulation.1 = \
 context_embedder.token_refiner.refiner_blocks.#.norm_out.linear
+txt_in.individual_token_refiner.blocks.#.norm1 = \
+context_embedder.token_refiner.refiner_blocks.#.norm1
+txt_in.individual_token_refiner.blocks.#.norm2 = \
+context_embedder.token_refiner.refiner_blocks.#.norm2
+double_blocks.#.img_mlp.fc0 = transformer_blocks.#.ff.net.0.proj
+double_blocks.#.txt_mlp.fc0 = transformer_blocks.#.ff_context.net.0.proj
 """
 
 _FLUX2 = """
@@ -191,22 +204,36 @@ TABLES = {
     "hunyuan": _HUNYUAN + _FLUX,
     "ltx": LTX,
     "lumina2": LUMINA2,
+    "pixart": PIXART,
     "sd3": _SD3,
     "wan": _WAN,
     "z_image": _Z_IMAGE,
 }
 """Original names by family; most of those of HunyuanVideo and Chroma are those of FLUX."""
 
+UNTRANSLATED = {
+    "cosmos": "Cosmos or Anima",
+    "hunyuan_split": "HunyuanImage or HunyuanVideo 1.5",
+}
+"""Families whose original names are known for theirs, but not what diffusers calls them."""
+
 _MARKS = (
+    (r"(^|[._])blocks[._]\d+[._](self|cross)_attn[._](q|k|v|output)_proj\.", "cosmos"),
+    (r"(^|[._])blocks[._]\d+[._](adaln_modulation_(self|cross|mlp)|mlp[._]layer[12]\.)", "cosmos"),
+    (r"double_blocks[._]\d+[._](img|txt)_attn[._][qkv]\.", "hunyuan_split"),
+    (r"single_blocks[._]\d+[._]linear1[._](q|k|v|mlp)\.", "hunyuan_split"),
     (r"distilled_guidance_layer[._]", "chroma"),
-    (r"(^|[._])(double|single)_layers[._]\d+[._](attn|mlp|mod)", "aura_flow"),
+    (r"(^|[._])(double|single)_layers[._]\d", "aura_flow"),
     (r"patchify_proj|transformer_blocks[._]\d+[._]attn[12][._][qk]_norm", "ltx"),
     (r"(single|double)_stream_modulation", "flux2"),
     (r"individual_token_refiner|_mod[._]linear|[._]modulation[._]linear", "hunyuan"),
-    (r"_blocks[._]\d+[._](img|txt)_mlp[._]fc[12]", "hunyuan"),
+    (r"_blocks[._]\d+[._](img|txt)_mlp[._]fc[012]", "hunyuan"),
+    (r"\.(img|txt)_attn_(qkv|proj)", "hunyuan"),  # FLUX has a dot before the last word
     (r"(double|single)_blocks[._]\d", "flux"),
     (r"joint_blocks[._]\d", "sd3"),
-    (r"(^|[._])blocks[._]\d+[._](self|cross)_attn|blocks[._]\d+[._]ffn[._]\d", "wan"),
+    (r"(^|[._])blocks[._]\d+[._](attn[._]qkv|cross_attn[._]kv_linear)[._]\d", "pixart"),
+    (r"(^|[._])blocks[._]\d+[._](self|cross)_attn[._](norm_)?[qkvo](_img)?\.", "wan"),
+    (r"(^|[._])blocks[._]\d+[._]ffn[._]\d", "wan"),
     (r"(^|[._])(layers|(noise|context)_refiner)[._]\d+[._]attention[._]", "z_image"),
 )
 
@@ -245,6 +272,8 @@ def translate(name: str, table: str) -> tuple[tuple[str, ...], bool] | None:
     >>> translate("double_blocks_3_txt_attn_proj", "flux")
     (('transformer_blocks.3.attn.to_add_out',), False)
     """
+    if table in UNTRANSLATED:
+        return None
     lines = _table(table, "." not in name)
     if name in lines:
         return lines[name]
@@ -255,6 +284,31 @@ def translate(name: str, table: str) -> tuple[tuple[str, ...], bool] | None:
     if found is None:
         return None
     return tuple(module.replace("#", number[0]) for module in found[0]), found[1]
+
+
+def is_original(name: str, table: str) -> bool:
+    """Whether a dotted name begins as only original ones do, whether or not the table has it.
+
+    >>> is_original("double_blocks.3.surprise", "flux"), is_original("proj_out", "flux")
+    (True, False)
+    """
+    if table in UNTRANSLATED:
+        return True
+    return not _heads(_NUMBER.sub("#", name, 1)).isdisjoint(_own_heads(table))
+
+
+def _heads(name: str) -> set[str]:
+    """``a.b.c`` to ``a``, ``a.b`` and ``a.b.c``."""
+    parts = name.split(".")
+    return {".".join(parts[:size]) for size in range(1, len(parts) + 1)}
+
+
+@cache
+def _own_heads(table: str) -> set[str]:
+    """How original names of a table begin and none of diffusers' in it does."""
+    lines = _table(table, False)
+    theirs = {head for name in lines for head in _heads(name)}
+    return theirs - {head for modules, _ in lines.values() for m in modules for head in _heads(m)}
 
 
 @cache
@@ -271,5 +325,9 @@ def _table(name: str, flat: bool) -> dict[str, tuple[tuple[str, ...], bool]]:
             first,
             *(f"{above}.{o[1:]}" if o.startswith("^") else f"{parent}.{o}" for o in others),
         )
-        found.setdefault(original.replace(".", "_") if flat else original, (modules, swapped))
+        layers = {original: modules}
+        if others:
+            layers |= {f"{original}.{number}": (each,) for number, each in enumerate(modules)}
+        for layer, each in layers.items():
+            found.setdefault(layer.replace(".", "_") if flat else layer, (each, swapped))
     return found

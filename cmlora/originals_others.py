@@ -80,3 +80,24 @@ single_layers.#.attn.w1o = single_transformer_blocks.#.attn.to_out.0
 final_linear = proj_out
 modF.1 = ~norm_out.linear
 """
+
+PIXART = """
+x_embedder.proj = pos_embed.proj
+ar_embedder.mlp.0 = adaln_single.emb.aspect_ratio_embedder.linear_1
+ar_embedder.mlp.2 = adaln_single.emb.aspect_ratio_embedder.linear_2
+csize_embedder.mlp.0 = adaln_single.emb.resolution_embedder.linear_1
+csize_embedder.mlp.2 = adaln_single.emb.resolution_embedder.linear_2
+t_embedder.mlp.0 = adaln_single.emb.timestep_embedder.linear_1
+t_embedder.mlp.2 = adaln_single.emb.timestep_embedder.linear_2
+t_block.1 = adaln_single.linear
+y_embedder.y_proj.fc1 = caption_projection.linear_1
+y_embedder.y_proj.fc2 = caption_projection.linear_2
+blocks.#.attn.qkv = transformer_blocks.#.attn1.to_q + to_k + to_v
+blocks.#.attn.proj = transformer_blocks.#.attn1.to_out.0
+blocks.#.cross_attn.q_linear = transformer_blocks.#.attn2.to_q
+blocks.#.cross_attn.kv_linear = transformer_blocks.#.attn2.to_k + to_v
+blocks.#.cross_attn.proj = transformer_blocks.#.attn2.to_out.0
+blocks.#.mlp.fc1 = transformer_blocks.#.ff.net.0.proj
+blocks.#.mlp.fc2 = transformer_blocks.#.ff.net.2
+final_layer.linear = proj_out
+"""

@@ -6,6 +6,7 @@ code with the package.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -308,7 +309,7 @@ def with_bias_delta(t: Tensors, weight: Tensor) -> Tensor:
 
 
 def weight_columns(shape: Shape) -> int:
-    return int(torch.tensor(shape[1:]).prod())
+    return math.prod(shape[1:])
 
 
 CASES = {

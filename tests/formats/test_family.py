@@ -84,6 +84,11 @@ def test_sizes_tell_families_whose_layers_have_the_same_names(
         ("lumina-2/lora", "lumina2", "Lumina 2"),
         ("hunyuan-video-1.5", "", "HunyuanVideo 1.5"),
         ("", "ltx2", "LTX-2"),
+        ("HiDream-O1-Image/lora", "hidream_o1_image", "HiDream-O1"),
+        ("anima-preview/lora", "anima", "Anima"),
+        ("Krea-2/lora", "krea2", "Krea 2"),
+        ("Ideogram-4/lora", "ideogram4", "Ideogram 4"),
+        ("flux-1-krea-dev/lora", "animagine", "FLUX.1"),
         ("flux-1-dev", "qwen_image", family.TRANSFORMER),
         ("sdxl", "", family.TRANSFORMER),
         ("something/lora", "taiwan swan", family.TRANSFORMER),
@@ -106,6 +111,71 @@ def test_layers_of_one_family_alone_count_for_more_than_a_header(tmp_path: Path)
     stored = {f"{stem}.lora_{s}.weight": torch.ones(2, 2) for s in ("down", "up")}
     path = trainers.save(stored, tmp_path / "y.safetensors", **{ARCHITECTURE: "chroma/lora"})
     assert files.describe(path)["family"] == "Chroma"
+
+
+UNREAD = {
+    "lora_unet_blocks_0_self_attn_q_proj": "Cosmos or Anima",
+    "diffusion_model.blocks.0.cross_attn.output_proj": "Cosmos or Anima",
+    "diffusion_model.blocks.3.adaln_modulation_mlp.1": "Cosmos or Anima",
+    "lora_unet_double_blocks_0_img_attn_q": "HunyuanImage or HunyuanVideo 1.5",
+    "lora_unet_single_blocks_0_linear1_mlp": "HunyuanImage or HunyuanVideo 1.5",
+}
+"""Original names of families that are read by the names of diffusers only."""
+
+
+@pytest.mark.parametrize("stem", UNREAD)
+def test_original_names_that_are_not_read_name_their_own_family(stem: str, tmp_path: Path) -> None:
+    stored = {f"{stem}.lora_{side}.weight": torch.ones(2, 2) for side in ("down", "up")}
+    path = trainers.save(stored, tmp_path / "x.safetensors")
+    with pytest.raises(CmloraError, match=f"layers of {UNREAD[stem]} by original names; only"):
+        files.describe(path)
+    encoder = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    stored |= {f"{encoder}.lora_{side}.weight": torch.ones(2, 2) for side in ("down", "up")}
+    found = files.describe(trainers.save(stored, tmp_path / "y.safetensors"))
+    assert found["family"] == UNREAD[stem]
+    assert set(found["leftover"]) == {key for key in stored if key.startswith(stem)}
+    said = {ARCHITECTURE: "anima-preview" if "Anima" in UNREAD[stem] else "hunyuan-image-2.1/lora"}
+    named = files.describe(trainers.save(stored, tmp_path / "z.safetensors", **said))
+    assert named["family"] == ("Anima" if "Anima" in UNREAD[stem] else "HunyuanImage")
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ({"ss_network_module": "networks.lora_qwen_image"}, "musubi (networks.lora_qwen_image)"),
+        ({"ss_network_module": "networks.lora_zimage"}, "musubi (networks.lora_zimage)"),
+        ({"ss_network_module": "networks.lora_flux_2"}, "musubi (networks.lora_flux_2)"),
+        ({"ss_network_module": "networks.lora_framepack"}, "musubi (networks.lora_framepack)"),
+        ({"ss_network_module": "networks.lora_hv_1_5"}, "musubi (networks.lora_hv_1_5)"),
+        ({"ss_network_module": "networks.lora_kandinsky"}, "musubi (networks.lora_kandinsky)"),
+        (
+            {"ss_network_module": "networks.lora", "ss_base_model_version": "hunyuan_video"},
+            "musubi (networks.lora)",
+        ),
+        (
+            {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux_kontext"},
+            "musubi (networks.lora_flux)",
+        ),
+        (
+            {"ss_network_module": "networks.lokr", "ss_base_model_version": "flux_2_klein_4b"},
+            "musubi (networks.lokr)",
+        ),
+        (
+            {"ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"},
+            "kohya (networks.lora_flux)",
+        ),
+        (
+            {"ss_network_module": "networks.lora", "ss_base_model_version": "sdxl_base_v1-0"},
+            "kohya (networks.lora)",
+        ),
+        ({"ss_network_module": "networks.lora_lumina"}, "kohya (networks.lora_lumina)"),
+        ({"modelspec.implementation": "https://github.com/black-forest-labs/flux"}, "diffusers or"),
+        ({"modelspec.implementation": "sgm", "ot_branch": "master"}, "OneTrainer"),
+    ],
+)
+def test_trainers_are_told_from_each_other(said: dict[str, str], name: str, tmp_path: Path) -> None:
+    path = trainers.save(attention(8, range(1)), tmp_path / "x.safetensors", **said)
+    assert files.describe(path)["trainer"].startswith(name)
 
 
 def test_plain_diffusers_refuses_what_it_has_no_loader_for(tmp_path: Path) -> None:
