@@ -6,11 +6,12 @@ import difflib
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -75,18 +76,41 @@ def header(path: str | os.PathLike[str]) -> Header:
 def _parse(text: bytes, path: Path, size: int) -> Header:
     table = json.loads(text)
     metadata = {str(k): str(v) for k, v in (table.pop("__metadata__", None) or {}).items()}
-    shapes = {key: tuple(int(n) for n in entry["shape"]) for key, entry in table.items()}
-    end = 8 + len(text) + max((int(e["data_offsets"][1]) for e in table.values()), default=0)
+    shapes: dict[str, tuple[int, ...]] = {}
+    start = end = 8 + len(text)
+    for key, entry in table.items():
+        shapes[key], stop = _entry(path, key, entry)
+        end = max(end, start + stop)
     if end > size:
         raise CmloraError(f"{path} is cut short: {size} of {end} bytes; copy or download it again")
-    return Header(metadata, shapes, 8 + len(text))
+    return Header(metadata, shapes, start)
+
+
+def _entry(path: Path, key: str, entry: Any) -> tuple[tuple[int, ...], int]:
+    """The shape of a tensor and the place behind its last byte."""
+    if len(key.splitlines()) > 1:
+        raise CmloraError(f"{path}: the name {key!r} in the header has line breaks; write it anew")
+    found: list[list[int]] = []
+    for name, count in (("shape", None), ("data_offsets", 2)):
+        value = entry.get(name) if isinstance(entry, dict) else None
+        whole = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+        if not isinstance(value, list) or not whole or len(value) != (count or len(value)):
+            wanted = f"{'two ' if count else ''}whole numbers"
+            raise CmloraError(
+                f"{path}: {name} of {key!r} in the header is {reprlib.repr(value)}, not {wanted}; "
+                "copy or download it again"
+            )
+        found.append(value)
+    shape, (_, stop) = found
+    return tuple(shape), stop
 
 
 def content(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
     """All tensors of a safetensors file, on the CPU, and the file's SHA-256, of the same bytes.
 
     Raises:
-        CmloraError: see `header`; also if a tensor is not floating point, or holds NaN or infinity.
+        CmloraError: see `header`; also if a tensor is not floating point or of a type that is not
+            read, or holds NaN or infinity.
     """
     path = Path(path)
     with _reading(path) as file:
@@ -94,7 +118,16 @@ def content(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise CmloraError(f"{path} is damaged: {error}; copy or download it again") from None
+        said = " ".join(str(error).split())
+        raise CmloraError(f"{path} is damaged: {said}; copy or download it again") from None
+    except KeyError as error:  # a type that the format has and its reader has not, such as F4
+        table = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        kind = error.args[0]
+        held = sorted(k for k, entry in table.items() if entry.get("dtype") == kind)
+        raise CmloraError(
+            f"{path}: {', '.join(held[:1])} holds numbers of type {kind}, which cannot be read; "
+            "get the file in F8_E4M3, F16, BF16 or F32"
+        ) from None
     for key, tensor in sorted(tensors.items()):
         if not tensor.is_floating_point():
             if key.endswith((".alpha", ".on_input")):
@@ -140,6 +173,12 @@ def sha256(path: str | os.PathLike[str], start: int = 0) -> str:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        usable = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise CmloraError(f"{str(path)!r} cannot be the name of a file; check where it comes from")
     try:
         with path.open("rb") as file:
             yield file

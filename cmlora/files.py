@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmlora import aim, container, denoisers, insert, peft_config, rest
+from cmlora import aim, container, denoisers, family, insert, peft_config, rest
 from cmlora.container import sha256 as sha256
 from cmlora.errors import CmloraError
+from cmlora.forms import joined
 from cmlora.insert import Applied as Applied
+from cmlora.listing import listing
 from cmlora.lora import TEXT_ENCODERS, LoRA, Update, dense
+from cmlora.source import Source, trigger_words
 from cmlora.source import open_file as open_file
-from cmlora.source import trigger_words
 
 PathLike = str | os.PathLike[str]
 
@@ -112,19 +115,20 @@ def convert(
         The LoRA, and the norm of what truncation lost divided by the norm of the whole update.
 
     Raises:
-        CmloraError: see `read`; also if a pipeline is needed and not given, or does not fit.
+        CmloraError: see `read`; also if a pipeline is needed and not given, does not fit or, strict
+            or not, is of another family.
     """
     if rank is not None and rank < 1:
         raise CmloraError(f"rank is {rank}, not 1 or more")
     source = open_file(path, pipe)
     lora, left = source.plain()
-    matrices: dict[str, Tensor] = dict(source.whole)
+    matrices = source.matrices()
     if pipe is not None and source.remainder:
-        shifts, missing = rest.resolve(pipe, source.remainder, str(path))
+        shifts, missing = _resolved(source, pipe, strict)
         left = {f"{name} ": "it is not in the pipeline" for name in missing}
         for module, shift in rest.deltas(shifts):
             if shift.weight is not None and _shape(pipe, module) is not None:
-                matrices[module] = shift.weight
+                matrices[module] = joined(source.lora.updates.get(module), shift.weight)
             elif shift.weight is not None:
                 left[f"{module}.weight"] = "no matrix, for which a LoRA has no place"
             if shift.bias is not None and bool(shift.bias.any()):
@@ -205,6 +209,36 @@ def describe(path: PathLike) -> dict[str, Any]:
     from cmlora import describe
 
     return describe.describe(path)
+
+
+def _resolved(
+    source: Source, pipe: Any, strict: bool
+) -> tuple[dict[str, dict[str, rest.Shift]], list[str]]:
+    """What a file changes of a pipeline of its own family, and the modules that are missing.
+
+    Raises:
+        CmloraError: if the pipeline is of another family, or a layer does not fit.
+    """
+    made_for, theirs = source.remainder.family, family.of_pipe(pipe)
+    families = f"{source.path} is for {made_for} and the pipeline is {theirs}"
+    hint = "give the model it was made for, which is --model on the command line"
+    others = len(family.distinct((made_for, theirs))) > 1
+    try:
+        shifts, missing = rest.resolve(pipe, source.remainder, str(source.path))
+    except CmloraError as error:
+        raise CmloraError(f"{error}; {hint}" if others else str(error)) from None
+    if missing and others:
+        count = "is" if len(missing) == 1 else "are"
+        raise CmloraError(f"{families}: {listing(missing)} {count} not in the pipeline; {hint}")
+    header = family.contradiction(source.lora, made_for, theirs)
+    if header is not None and strict:
+        raise CmloraError(
+            f"{families}: its header says {header}, although its layers fit; {hint}, or "
+            "strict=False if the header is wrong"
+        )
+    if header is not None:
+        warnings.warn(f"{families}: converted although its header says {header}", stacklevel=3)
+    return shifts, missing
 
 
 def _fitted(pipe: Any, module: str, update: Update) -> Update:

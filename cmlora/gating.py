@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import Conv2d, Linear
 from torch import Tensor
 from torch.nn import functional
 
+from cmlora.lora import full
 from cmlora.plan import Gate
 
 Forward = Callable[..., Tensor]
@@ -99,7 +100,7 @@ class GatedLoRAs:
 
 def _roots(ups: Tensor) -> Tensor:
     """L^T with L L^T = B^T B, for B (N, C, r)."""
-    wide = ups.to(torch.promote_types(ups.dtype, torch.float32))
+    wide = full(ups)
     grams = wide.mT @ wide
     diagonal = grams.diagonal(dim1=1, dim2=2)
     usual = diagonal.mean(1, keepdim=True)
@@ -133,7 +134,7 @@ class SpreadLoRAs:
         everywhere = self._gate.everywhere
         outputs = {name: self._output(name, x) for name in self._scales}
         local = torch.stack([u for name, u in outputs.items() if name not in everywhere])
-        wide = local.to(torch.promote_types(local.dtype, torch.float32))
+        wide = full(local)
         size = wide.square().sum(self._channels, keepdim=True).sqrt()  # (N, B, places)
         usual = size.flatten(2).mean(2).view(*size.shape[:2], *[1] * (size.ndim - 2))
         usual = usual.clamp_min(torch.finfo(size.dtype).tiny)

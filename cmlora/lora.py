@@ -66,13 +66,15 @@ class Update:
         """The same update as two factors: ``mid`` is multiplied into ``down``."""
         if self.mid is None:
             return self
-        down = torch.einsum("rmhw,mi->rihw", _full(self.mid), _full(self.down).flatten(1))
-        return replace(self, down=down.to(self.down.dtype), mid=None)
+        down = torch.einsum("rmhw,mi->rihw", full(self.mid), full(self.down).flatten(1))
+        # Eight bits are enough for what was trained in them, and not for a product of it.
+        small = self.down.dtype.itemsize == 1
+        return replace(self, down=down if small else down.to(self.down.dtype), mid=None)
 
     def delta(self) -> Tensor:
         """The dense update, in float32 (float64 if the factors are), shaped like the matrix."""
         both = self.folded()
-        product = _full(both.up) @ _full(both.down).flatten(1)
+        product = full(both.up) @ full(both.down).flatten(1)
         return (product * both.scale).reshape(self.shape)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ class Update:
         keep = int((lost > budget).sum())
         keep = max(1, min(keep, len(s), len(s) if rank is None else rank))
         root = s[:keep].sqrt()
-        dtype = torch.promote_types(torch.float32, self.up.dtype)
+        dtype = at_least_single(self.up.dtype)
         up = (left @ (u[:, :keep] * root)).to(dtype)
         down = ((root[:, None] * vh[:keep]) @ right.T).to(dtype)
         return Update(down.reshape(keep, *self.shape[1:]), up)
@@ -214,6 +216,21 @@ def stack(loras: Sequence[tuple[LoRA, float]], name: str) -> LoRA:
     return LoRA(name, updates, triggers=tuple(triggers))
 
 
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The precision to compute in with numbers of a type: theirs, or single if that is higher.
+
+    >>> at_least_single(torch.float8_e4m3fn), at_least_single(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    # PyTorch promotes no floating point numbers of eight bits.
+    return torch.float32 if dtype.itemsize == 1 else torch.promote_types(dtype, torch.float32)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The tensor in at least single precision, where half precision would round a product."""
+    return tensor.to(at_least_single(tensor.dtype))
+
+
 def dense(delta: Tensor) -> Update:
     """A whole matrix as an update: one factor is the identity, on the side where it is smaller.
 
@@ -238,8 +255,8 @@ def _concatenate(module: str, updates: Sequence[Update]) -> Update:
     folded = [update.folded() for update in updates]
     # A 1x1 convolution is stored as a matrix by some trainers and as a kernel by others.
     kernel = max((update.shape[2:] for update in updates), key=len)
-    downs = [_full(u.down).reshape(*u.down.shape[:2], *kernel) for u in folded]
-    ups = [_full(u.up) * u.scale for u in folded]
+    downs = [full(u.down).reshape(*u.down.shape[:2], *kernel) for u in folded]
+    ups = [full(u.up) * u.scale for u in folded]
     return Update(torch.cat(downs, 0), torch.cat(ups, 1))
 
 
@@ -249,8 +266,3 @@ def _core(update: Update) -> tuple[Tensor, Tensor, Tensor]:
     left, left_core = torch.linalg.qr(up)
     right, right_core = torch.linalg.qr(down.T)
     return left, left_core @ right_core.T, right
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """The tensor in at least single precision, where half precision would round the product."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from cmlora import container, family, forms, fused, keys, peft_config, rest
 from cmlora.errors import CmloraError
-from cmlora.forms import Change, Parts
+from cmlora.forms import Change, Parts, joined
 from cmlora.listing import listing
 from cmlora.lora import DENOISERS, LoRA, Update, dense
 from cmlora.originals import Target
@@ -63,8 +64,13 @@ class Source:
                 titles = " and ".join(forms.titles(self.layout.modules[target.name]))
                 why = "it depends on the model" if change.weight is not None else "no matrix alone"
                 left[key] = f"{titles}: {why}; cmlora.files.load and cmlora convert take it"
-        updates = {module: dense(matrix) for module, matrix in self.whole.items()}
+        updates = {module: dense(matrix) for module, matrix in self.matrices().items()}
         return replace(self.lora, updates={**self.lora.updates, **updates}), left
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The whole matrices, with the low-rank updates of the same modules in them."""
+        found = self.lora.updates
+        return {module: joined(found.get(module), own) for module, own in self.whole.items()}
 
     def settle(self, strict: bool, left: Mapping[str, str] | None = None) -> None:
         """Raises if something was left over, or warns."""
@@ -78,7 +84,7 @@ class Source:
             return
         by_reason: dict[str, list[str]] = {}
         for key, reason in sorted(found.items()):
-            by_reason.setdefault(reason, []).append(key.strip())
+            by_reason.setdefault(reason, []).append(" ".join(key.split()))
         said = "; ".join(f"{listing(names)} ({reason})" for reason, names in by_reason.items())
         message = f"{self.path}: {len(found)} of {len(self.header.shapes)} keys left over: {said}"
         some = len(left or {}) < len(self.layout.modules)
@@ -107,8 +113,7 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
     layout = keys.layout(
         header.shapes, layers if isinstance(layers, int) else 2, header.shapes, names
     )
-    where = str(path)
-    configs = peft_config.scales(header.metadata.get("lora_adapter_metadata"), where)
+    configs, folder = _configs(path, header, layout)
     exact = _json(header.metadata, "cmlora.scales", dict, path) or {}
     # A whole checkpoint of gigabytes is not read only to be refused.
     tensors, digest = container.content(path) if layout.modules else ({}, "")
@@ -135,7 +140,10 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
                 taken[each] = key
             shapes = {role: header.shapes[k] for role, k in roles.items()}
             widths[target.modules[0]] = forms.inputs(shapes) or 0
-            parts = _parts(held, config, name, exact.get(module))
+            called = [name, name.removeprefix("text_model.")]
+            if folder:
+                called = [peft_config.module_of(key)]
+            parts = _parts(held, config, called, exact.get(module))
             dtypes[module] = str(tensors[key].dtype).removeprefix("torch.")
             if parts.alpha is not None:
                 alphas[module] = parts.alpha
@@ -164,8 +172,29 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
     )
 
 
-def _parts(held: Mapping[str, Tensor], config: Mapping[str, Any], name: str, exact: Any) -> Parts:
-    """The tensors of a layer with everything that decides its strength."""
+def _configs(
+    path: PathLike, header: container.Header, layout: keys.Layout
+) -> tuple[Mapping[str, Mapping[str, Any]], bool]:
+    """What is stated of the strengths, by component, and whether it is so in PEFT's own folder."""
+    stated = header.metadata.get("lora_adapter_metadata")
+    complete = all("alpha" in roles for roles in layout.modules.values())
+    if stated is not None or complete or not peft_config.of_folder(path, header.shapes):
+        return peft_config.scales(stated, str(path)), False
+    downs = [header.shapes[roles["down"]] for roles in layout.modules.values() if "down" in roles]
+    settings, reason = peft_config.beside(path, [shape[0] for shape in downs if shape])
+    if reason:
+        warnings.warn(
+            f"{path}: its strength is not known and taken as 1: {reason}; put the "
+            f"{peft_config.BESIDE} that it came with beside it",
+            stacklevel=4,
+        )
+    return {"": settings}, True
+
+
+def _parts(
+    held: Mapping[str, Tensor], config: Mapping[str, Any], names: Sequence[str], exact: Any
+) -> Parts:
+    """The tensors of a layer, as its configuration may call it, and what decides its strength."""
     for role, tensor in held.items():
         if not tensor.numel():
             raise ValueError(f"{role} is empty")
@@ -175,30 +204,48 @@ def _parts(held: Mapping[str, Tensor], config: Mapping[str, Any], name: str, exa
         if not rank:
             raise ValueError("its rank is zero, its factors are empty")
         if exact is not None:
-            found = float(exact)
+            found = _stated(exact)
         elif alpha is not None:
             # Trainers that store 0 mean "no alpha", which is the rank.
             found = (alpha or float(rank)) / rank
         else:
-            found = peft_config.scale(config, name, rank)
+            found = peft_config.scale(config, names, rank)
         if not math.isfinite(found):
             raise ValueError(f"its strength is {found}")
         return found
 
     settings = dict(config)
+    if str(config.get("peft_type", "")).upper() == "LOKR":
+        settings["r"] = peft_config.rank_of(config, names)
     feedforward = config.get("feedforward_modules")
     if isinstance(feedforward, list):
         settings["feedforward"] = any(
-            name == str(each) or name.endswith(f".{each}") for each in feedforward
+            name == str(each) or name.endswith(f".{each}") for each in feedforward for name in names
         )
     return Parts(held, settings, ratio, alpha)
 
 
+def _stated(value: Any) -> float:
+    """A strength of ``cmlora.scales``."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(
+            f"cmlora.scales in the header says {reprlib.repr(value)}, not a number that can be "
+            "used; write or download the file again"
+        ) from None
+
+
 def _check(change: Change) -> None:
-    """Raises if there is nothing in a change."""
-    empty = change.dense is not None and not change.dense.numel()
-    if empty or (change.update is not None and not all(change.update.shape)):
+    """Raises if there is nothing in a change, or its parts are of different layers."""
+    update, whole = change.update, change.dense
+    empty = whole is not None and not whole.numel()
+    if empty or (update is not None and not all(update.shape)):
         raise ValueError("its tensors are empty")
+    if update is not None and whole is not None:
+        sizes = update.shape[0], math.prod(update.shape[1:])
+        if whole.ndim < 2 or sizes != tuple(whole.flatten(1).shape):
+            raise ValueError(f"its LoRA is {update.shape} and its difference {tuple(whole.shape)}")
 
 
 def _kernel(tensor: Tensor, target: Target) -> Tensor:

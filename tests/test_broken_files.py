@@ -191,6 +191,152 @@ def test_any_names_are_sorted(names: list[str]) -> None:
     assert not held & set(found.leftover)
 
 
+def write_header(path: Path, table: Any, data: bytes) -> Path:
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def places(table: Any) -> list[tuple[Any, Any]]:
+    """Every table or list of a JSON value, with each key that it has."""
+    found: list[tuple[Any, Any]] = []
+    items = table.items() if isinstance(table, dict) else enumerate(table)
+    for key, value in items:
+        found.append((table, key))
+        if isinstance(value, dict | list):
+            found += places(value)
+    return found
+
+
+LAYER = "unet.mid_block.attentions.0.proj_in"
+ALPHA = '{"unet.r": 1, "unet.lora_alpha": %s}'
+
+
+def a_file(folder: Path, kind: str = "F32", **metadata: str) -> tuple[dict[str, Any], Path]:
+    """The header of a small LoRA, and where its file is."""
+    table: dict[str, Any] = {
+        f"{LAYER}.lora_A.weight": {"dtype": kind, "shape": [1, 4], "data_offsets": [0, 16]},
+        f"{LAYER}.lora_B.weight": {"dtype": kind, "shape": [4, 1], "data_offsets": [16, 32]},
+    }
+    if metadata:
+        table["__metadata__"] = metadata
+    return table, write_header(folder / "x.safetensors", table, struct.pack("<8f", *range(8)))
+
+
+def said(path: Path) -> str:
+    """The one line in which reading and describing a file say what is wrong."""
+    found = []
+    for act in (files.read, files.describe):
+        with pytest.raises(CmloraError) as caught:
+            act(path)
+        one_line(caught.value)
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ('{"dtype":"F32","shape":[Infinity],"data_offsets":[0,0]}', "shape of 'a' in the header"),
+        ('{"dtype":"F32","shape":[1.5],"data_offsets":[0,0]}', "is [1.5], not whole numbers"),
+        ('{"dtype":"F32","shape":[1],"data_offsets":[0,1e999]}', "is [0, inf], not two whole num"),
+        (
+            '{"dtype":"F32","shape":[1],"data_offsets":[]}',
+            "data_offsets of 'a' in the header is []",
+        ),
+        ('{"dtype":"F32","shape":[1]}', "data_offsets of 'a' in the header is None"),
+        ("3", "shape of 'a' in the header is None"),
+    ],
+)
+def test_an_impossible_entry_of_the_header_is_named(entry: str, words: str, tmp_path: Path) -> None:
+    path = write_header(tmp_path / "x.safetensors", b'{"a":' + entry.encode() + b"}", b"1234")
+    message = said(path)
+    assert message.startswith(f"{path}: ")
+    assert words in message
+    assert message.endswith("; copy or download it again")
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F8_E8M0"])
+def test_a_type_that_is_not_read_is_named(kind: str, tmp_path: Path) -> None:
+    table, path = a_file(tmp_path, kind)
+    size = {"F4": 2, "F6_E2M3": 3, "F8_E8M0": 4}[kind]
+    for number, entry in enumerate(table.values()):
+        entry["data_offsets"] = [number * size, (number + 1) * size]
+    write_header(path, table, bytes(2 * size))
+    message = said(path)
+    assert f"{LAYER}.lora_A.weight holds numbers of type {kind}" in message
+    assert "BF16" in message
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"lora_adapter_metadata": ALPHA % f"1{'0' * 400}"}, "unet.lora_alpha is 1000"),
+        ({"lora_adapter_metadata": ALPHA % f"1{'0' * 5000}"}, "no table in JSON"),
+        ({"lora_adapter_metadata": ALPHA % "null"}, "unet.lora_alpha is None, not a number"),
+        ({"cmlora.scales": json.dumps({LAYER: 10**400})}, "cmlora.scales in the header says 1000"),
+        ({"cmlora.scales": json.dumps({LAYER: [1]})}, "cmlora.scales in the header says [1]"),
+    ],
+)
+def test_an_impossible_strength_is_named(
+    metadata: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    message = said(a_file(tmp_path, **metadata)[1])
+    assert words in message
+    assert "download" in message
+
+
+def test_a_name_with_line_breaks_is_one_line(tmp_path: Path) -> None:
+    table, path = a_file(tmp_path)
+    table["a\nb.lora_A.weight"] = table.pop(f"{LAYER}.lora_A.weight")
+    assert "'a\\nb.lora_A.weight'" in said(write_header(path, table, bytes(32)))
+
+
+@pytest.mark.parametrize("name", ["a\0b.safetensors", "a\ud800b.safetensors"])
+def test_a_path_that_cannot_be_is_named(name: str, tmp_path: Path) -> None:
+    message = said(tmp_path / name)
+    assert repr(name).strip("'") in message
+    with pytest.raises(CmloraError, match="cannot be the name of a file"):
+        files.triggers(tmp_path / name)
+    with pytest.raises(CmloraError, match="cannot be the name of a file"):
+        files.sha256(tmp_path / name)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.data(),
+    json_values | st.sampled_from([10**400, 1e308 * 10, "F4", "F8_E8M0", "\ud800", "[" * 5000]),
+)
+def test_any_value_anywhere_in_the_header(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
+) -> None:
+    metadata = {"lora_adapter_metadata": ALPHA % 2, "cmlora.scales": f'{{"{LAYER}": 2.0}}'}
+    table, path = a_file(tmp_path_factory.mktemp("mutated"), **metadata)
+    parent, key = data.draw(st.sampled_from(places(table)))
+    parent[key] = value
+    try_all(write_header(path, table, struct.pack("<8f", *range(8))))
+
+
+@pytest.mark.filterwarnings("ignore:.*strength is not known")
+@settings(deadline=None, max_examples=150)
+@given(st.data(), json_values | st.sampled_from([10**400, 1e308 * 10, "(a+)+b"]))
+def test_any_value_beside_a_file_of_pefts(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("beside")
+    stem = "base_model.model.mid_block.attentions.0.proj_in"
+    stored = {f"{stem}.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}
+    table: dict[str, Any] = {
+        **{"r": 4, "lora_alpha": 2, "use_rslora": False, "peft_type": "LORA", "eps": 1e-5},
+        **{"alpha_pattern": {"proj_in": 3}, "rank_pattern": {"proj_out": 8}},
+    }
+    parent, key = data.draw(st.sampled_from(places(table)))
+    parent[key] = value
+    (folder / "adapter_config.json").write_text(json.dumps(table))
+    try_all(trainers.save(stored, folder / "adapter_model.safetensors"))
+
+
 @settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_a_flipped_byte(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from cmlora import family
 from cmlora.errors import CmloraError
-from cmlora.lora import LoRA, Update
+from cmlora.lora import LoRA, Update, full
 
 NOTHING = 1e-30
 """Updates with a smaller norm vanish in single precision."""
@@ -22,7 +22,7 @@ def check_values(loras: Sequence[LoRA]) -> None:
         for module, update in lora.updates.items():
             for role in ("down", "up", "mid"):
                 tensor = getattr(update, role)
-                if tensor is not None and not torch.isfinite(tensor).all():
+                if tensor is not None and not torch.isfinite(full(tensor)).all():
                     raise CmloraError(f"{lora.name}: {module} ({role}) holds NaN or infinity")
             if not math.isfinite(update.scale):
                 raise CmloraError(f"{lora.name}: the scale of {module} is {update.scale}")

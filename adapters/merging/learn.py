@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmlora.adapters.merging.check import NOTHING, check_shape, check_values
 from cmlora.errors import CmloraError
-from cmlora.lora import LoRA, Update
+from cmlora.lora import LoRA, Update, full
 
 Loss = Callable[[LoRA], Tensor]
 """Of a LoRA that changes with what is learnt; differentiable in its factors."""
@@ -119,10 +119,7 @@ def signed(lora: LoRA, method: str, loras: Sequence[LoRA], **facts: Any) -> LoRA
     updates = {}
     for module, update in lora.updates.items():
         both = update.folded()
-        down, up = (
-            factor.detach().to(torch.promote_types(factor.dtype, torch.float32)).contiguous()
-            for factor in (both.down, both.up)
-        )
+        down, up = (full(factor.detach()).contiguous() for factor in (both.down, both.up))
         updates[module] = Update(down, up * both.scale)
     return replace(lora, updates=updates, metadata=metadata)
 

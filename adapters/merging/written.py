@@ -14,8 +14,10 @@ _INHERITED = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_na
 
 
 def widest(updates: Sequence[Update]) -> torch.dtype:
-    """The precision that holds all their factors; single if there are none."""
-    dtypes = [t.dtype for u in updates for t in (u.down, u.up, u.mid) if t is not None]
+    """The precision that holds all their factors, at least half; single if there are none."""
+    found = [t.dtype for u in updates for t in (u.down, u.up, u.mid) if t is not None]
+    # What is computed from numbers of eight bits does not fit into eight bits.
+    dtypes = [torch.float16 if dtype.itemsize == 1 else dtype for dtype in found]
     return reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32)
 
 

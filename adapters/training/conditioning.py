@@ -47,6 +47,11 @@ _STEPS = 50
 _TEXT, _MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 
 
+def unwrapped(pipe: Any) -> Any:
+    """The pipeline of diffusers inside of a wrapper, which is the wrapper's attribute ``pipe``."""
+    return getattr(pipe, "pipe", pipe)
+
+
 def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     """The part of a pipeline that is trained, and its name.
 

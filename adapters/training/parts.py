@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -18,6 +19,7 @@ from cmlora.adapters.training.settings import Settings
 from cmlora.adapters.tuners import TUNERS
 from cmlora.adapters.tuners.pissa import PissaLayer
 from cmlora.adapters.tuners.plugin import TunerConfig
+from cmlora.adapters.tuners.store import remove
 from cmlora.errors import CmloraError
 
 RANKED = frozenset(
@@ -102,6 +104,34 @@ class Parts:
                 self._adapt(model, self.layers[name], name)
         if not any(True for _ in self.trained().values()):
             raise CmloraError(f"train: the tuner {settings.tuner} leaves nothing to train")
+
+    def remove(self) -> None:
+        """Takes the adapters out again; weights that were trained themselves stay as they are."""
+        for model in () if self.alone else self.models.values():
+            remove(model, self.settings.name)
+
+    @contextmanager
+    def or_removed(self) -> Iterator[None]:
+        """Takes the adapters out if the body fails, so that the pipeline can be used again."""
+        try:
+            yield
+        except BaseException:
+            self.remove()
+            raise
+
+    def checkpoint_activations(self) -> None:
+        """Computes activations again in the backward pass instead of keeping them.
+
+        Raises:
+            CmloraError: if a model cannot.
+        """
+        for part, model in self.models.items():
+            # diffusers' word for it, then that of transformers.
+            names = ("enable_gradient_checkpointing", "gradient_checkpointing_enable")
+            enable: Any = next((getattr(model, n) for n in names if hasattr(model, n)), None)
+            if enable is None:
+                raise CmloraError(f"train: the {part} has no gradient checkpointing")
+            enable()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters, as ``part.name``."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from cmlora.adapters.training import checkpoint, result
 from cmlora.adapters.training.average import Average
 from cmlora.adapters.training.buckets import Order, sizes
-from cmlora.adapters.training.conditioning import Conditioning, denoiser_of
+from cmlora.adapters.training.conditioning import Conditioning, denoiser_of, unwrapped
 from cmlora.adapters.training.gradients import Reduced, Scaled, estimate
 from cmlora.adapters.training.hooks import Gradients, hooks_of
 from cmlora.adapters.training.inputs import Latents, Texts
@@ -59,8 +59,8 @@ class Trainer:
     """A training that is ready to run; making it puts the adapters into the pipeline.
 
     Args:
-        pipe: a text-to-image pipeline; its models are changed. One process trains where they are,
-            each of several on a device of its own.
+        pipe: a text-to-image pipeline, or a wrapper with one as its attribute ``pipe``; its models
+            are changed. One process trains where they are, each of several on a device of its own.
         settings: of the training.
         examples: the pictures.
         prior: pictures of the class, if their loss is added.
@@ -76,6 +76,7 @@ class Trainer:
         examples: Sequence[Example],
         prior: Sequence[Example] = (),
     ) -> None:
+        pipe = unwrapped(pipe)
         self.pipe, self.settings = pipe, settings
         self.examples, self.prior_examples = list(examples), list(prior)
         if not examples:
@@ -103,14 +104,15 @@ class Trainer:
         self.hooks = hooks_of(self.parts)
         gradients = self._estimated()
         torch.manual_seed(settings.seed)  # PEFT starts its factors from the global stream
-        self.parts.insert()
-        for hook in self.hooks:
-            hook.begin(gradients, settings.rate)
-        self.trained = self.parts.trained()
-        self.optimizer = self._optimizer()
-        self.average = Average(self.trained, settings.ema)
-        if settings.checkpointing:
-            self._checkpoint_activations()
+        with self.parts.or_removed():
+            self.parts.insert()
+            for hook in self.hooks:
+                hook.begin(gradients, settings.rate)
+            self.trained = self.parts.trained()
+            self.optimizer = self._optimizer()
+            self.average = Average(self.trained, settings.ema)
+            if settings.checkpointing:
+                self.parts.checkpoint_activations()
         self.step = 0
 
     @cached_property
@@ -337,16 +339,6 @@ class Trainer:
     def _epoch(self, step: int) -> int:
         return self.order.epoch(step * self.settings.accumulate * self.reduced.world)
 
-    def _checkpoint_activations(self) -> None:
-        for part, model in self.parts.models.items():
-            # diffusers' word for it, then that of transformers.
-            names = ("enable_gradient_checkpointing", "gradient_checkpointing_enable")
-            enable: Any = next((getattr(model, n) for n in names if hasattr(model, n)), None)
-            if enable is not None:
-                enable()
-            else:
-                raise CmloraError(f"train: the {part} has no gradient checkpointing")
-
     def _validate(self) -> None:
         self.parts.train(False)
         for hook in self.hooks:
@@ -375,7 +367,9 @@ def train(
     """Trains an adapter, or the denoiser, on pictures; continues where it was interrupted.
 
     Args:
-        pipe: a text-to-image pipeline of diffusers; the adapter stays in it.
+        pipe: a text-to-image pipeline of diffusers, in which the adapter stays unless training
+            fails; or a wrapper with one as its attribute ``pipe``, such as CMLoRAPipeline, which
+            loads the file like any other.
         settings: of the training.
         examples: see `cmlora.adapters.training.pictures.read_folder`.
         prior: pictures of the class.
@@ -390,6 +384,11 @@ def train(
     scheduler = copy.deepcopy(pipe.scheduler)
     with torch.random.fork_rng():
         try:
-            return Trainer(pipe, settings, examples, prior).run(progress)
+            trainer = Trainer(pipe, settings, examples, prior)
+            with trainer.parts.or_removed():
+                outcome = trainer.run(progress)
+            if trainer.pipe is not pipe:  # a wrapper knows the LoRAs that it has loaded itself
+                trainer.parts.remove()
+            return outcome
         finally:
             pipe.scheduler = scheduler

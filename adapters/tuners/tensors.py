@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def full(tensor: Tensor) -> Tensor:
-    """The tensor in at least single precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+from cmlora.lora import full as full
 
 
 def generator(seed: int) -> torch.Generator:

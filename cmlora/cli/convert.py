@@ -7,6 +7,7 @@ import typer
 
 from cmlora.cli.console import emit, out, quiet_libraries, status
 from cmlora.cli.options import AsJson, Model
+from cmlora.errors import CmloraError
 
 
 def convert(
@@ -29,13 +30,13 @@ def convert(
 
     Example: [bold]cmlora convert ink.safetensors --to lora --rank 16 -o ink_lora.safetensors[/bold]
     """
-    from cmlora import container, files, keys
+    from cmlora import container, files, keys, peft_config
     from cmlora.checks import choice
 
     choice("convert", "--to", to, ("lora",))
     header = container.header(file)
     layout = keys.layout(header.shapes, shapes=header.shapes)
-    tuned = "peft_type" in header.metadata.get("lora_adapter_metadata", "")
+    tuned = peft_config.tuners(header.metadata.get("lora_adapter_metadata")) - {"LORA"}
     if tuned and (layout.leftover or not layout.modules):
         lora, error = _exported(file, model, rank)
     else:
@@ -46,7 +47,10 @@ def convert(
             quiet_libraries()
             with status("loading the model that the file depends on"):
                 pipe = open_pipeline(model)
-        lora, error = files.convert(file, pipe, rank=rank, strict=not loose)
+        try:
+            lora, error = files.convert(file, pipe, rank=rank, strict=not loose)
+        except CmloraError as mistake:
+            raise CmloraError(str(mistake).replace("strict=False", "--loose")) from None
     files.write(lora, output)
     ranks = [update.rank for update in lora.updates.values()]
     facts: dict[str, Any] = {

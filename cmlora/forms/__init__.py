@@ -8,6 +8,7 @@ from typing import NamedTuple
 from cmlora.forms.change import Change as Change
 from cmlora.forms.change import Parts as Parts
 from cmlora.forms.change import combined
+from cmlora.forms.change import joined as joined
 from cmlora.forms.dora import dora
 from cmlora.forms.full import full, lora_bias, norm, values
 from cmlora.forms.glora import glora

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cmlora.lora import Update
+from cmlora.lora import full as full
 
 Weight = Callable[[Tensor], Tensor]
 """The weight (O, I) or (O, I, kh, kw) of a layer, in float32, to its delta of the same shape."""
@@ -127,6 +127,15 @@ def low_rank(down: Tensor, up: Tensor, scale: float, shape: tuple[int, ...]) -> 
     return additive((up @ down * scale).reshape(shape))
 
 
+def joined(update: Update | None, matrix: Tensor) -> Tensor:
+    """A whole delta, with that of a low-rank update of the same layer if there is one.
+
+    Raises:
+        ValueError: if they are of different layers.
+    """
+    return matrix if update is None else matrix + shaped(update.delta(), matrix)
+
+
 def shaped(delta: Tensor, weight: Tensor) -> Tensor:
     """The delta in the shape of a weight; some trainers flatten the kernels of convolutions.
 
@@ -140,11 +149,6 @@ def shaped(delta: Tensor, weight: Tensor) -> Tensor:
             f"it is {tuple(delta.shape)} in the file and the layer is {tuple(weight.shape)}"
         )
     return delta.reshape(weight.shape)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The tensor in at least single precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def matrix(tensor: Tensor) -> Tensor:
