@@ -152,16 +152,30 @@ class Gauge:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._need = 0
+        self._need = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether a pass was measured."""
+        return self._need > 0
+
+    def forget(self) -> None:
+        """A run begins, perhaps with other sizes."""
+        self._need = 0.0
 
     @contextmanager
-    def measuring(self, device: torch.device) -> Iterator[None]:
-        """Around one pass: on an accelerator its peak, elsewhere an estimate from its tensors."""
+    def measuring(self, device: torch.device, rows: int) -> Iterator[None]:
+        """Around one pass: on an accelerator its peak, elsewhere an estimate from its tensors.
+
+        Args:
+            device: where it runs.
+            rows: its samples.
+        """
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             yield
-            self._need = max(torch.cuda.max_memory_allocated(device) - before, 1)
+            self._need = max(torch.cuda.max_memory_allocated(device) - before, 1) / rows
             return
         largest = 0
 
@@ -175,13 +189,13 @@ class Gauge:
                 if not any(module.children()):
                     stack.callback(module.register_forward_hook(note).remove)
             yield
-        self._need = max(_LIVE * largest, 1)
+        self._need = max(_LIVE * largest, 1) / rows
 
-    def most(self, device: torch.device) -> int:
-        """How many passes fit into one call; 1 before anything was measured."""
-        if not self._need:
+    def most(self, device: torch.device, rows: int) -> int:
+        """How many passes of so many samples fit into one call; 1 before anything was measured."""
+        if not self.known:
             return 1
-        return max(1, int(_RESERVE * free_memory(device) / self._need))
+        return max(1, int(_RESERVE * free_memory(device) / (self._need * rows)))
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cmlora.guided import Guidance
+    from cmlora.plan import Plan
     from cmlora.tracker import Tick
 
 
@@ -33,7 +35,7 @@ class Slot(NamedTuple):
     @property
     def context(self) -> str:
         """A name for diffusers' cache context."""
-        return f"{self.branch}/{self.loras!r}#{self.ordinal}"
+        return f"{self.branch}/{self.loras!r}#{self.ordinal}/{'x'.join(map(str, self.shape))}"
 
 
 class Call(NamedTuple):
@@ -54,6 +56,28 @@ class Call(NamedTuple):
     context: CacheContext | None
     sample: torch.Tensor | None
     guidance: Guidance
+
+
+def slots_of(plan: Plan, call: Call) -> list[Slot]:
+    """A slot per pass, never the same twice."""
+    seen: Counter[tuple[str, ...]] = Counter()
+    slots = []
+    for single in plan.passes:
+        loras, shape = tuple(sorted(single.weights)), _shape(call)
+        if call.guidance.side == "both" and single.branch != "both":
+            shape = (shape[0] // 2, *shape[1:])
+        slots.append(Slot(loras, seen[loras], call.tick.branch, shape))
+        seen[loras] += 1
+    return slots
+
+
+def whole(slots: Sequence[Slot], call: Call) -> list[Slot]:
+    """What the passes' outputs are kept under: they are whole, whatever part of a pass was run."""
+    return [slot._replace(shape=_shape(call)) for slot in slots]
+
+
+def _shape(call: Call) -> tuple[int, ...]:
+    return () if call.sample is None else tuple(call.sample.shape)
 
 
 class Signature:
@@ -80,6 +104,11 @@ class Signature:
             if position is not None and position < len(args):
                 return args[position]
         return None
+
+
+def own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments a pass may change: UNets take residuals from the lists they are given."""
+    return {n: v.copy() if isinstance(v, list | dict) else v for n, v in kwargs.items()}
 
 
 def parted(kwargs: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:

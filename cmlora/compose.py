@@ -89,7 +89,7 @@ def compose(
     loras: Sequence[str] | Mapping[str, float],
     *,
     method: str | Strategy = "cmlora",
-    cache: str | Policy | Any = "none",
+    cache: str | Policy | Any | None = "none",
     cut: Cut | Live | tuple[int, int] | None = None,
     roles: Mapping[str, Role] | None = None,
     scopes: Mapping[str, Scope] | None = None,
@@ -123,8 +123,12 @@ def compose(
         loras: adapter names, or adapter names with strengths. A strength multiplies what the
             LoRA's file says; without one it is 1.
         method: name of a composition method (`cmlora.METHODS`), or a strategy of your own.
-        cache: when features are reused: "none", "uniform:3", "nonuniform", or a policy. Or the
-            configuration of one of diffusers' caches, which then keeps one state per LoRA.
+        cache: when features are reused: "none", which ``None`` is too, "uniform:3", "nonuniform",
+            or a policy. Or the name or configuration of one of diffusers' caches, which then keeps
+            one state per LoRA; see `cmlora.caching.foreign.FITTING` for those that a family has.
+            Features hold while a LoRA acts at every step and its strength changes by no more than
+            a tenth. At steps with a ControlNet, or anything else that enters between the blocks,
+            policies reuse nothing.
         cut: what stays live when features are reused; ``None`` is the family's default. For UNets
             level and block, see `cmlora.caching.unet.Cut`; for transformers how many blocks at
             the beginning and at the end.
@@ -167,6 +171,7 @@ def compose(
     _check_choice("uncond", uncond, Uncond)
     insisted = uncond == "shared"
     label, strategy, chosen = _strategy(method, options)
+    cache = "none" if cache is None else cache
     foreign = cache if is_config(cache) else named(cache)
     policy = none() if foreign is not None else parse(cache)
     curves = parse_schedule(schedule) if isinstance(schedule, str) else schedule
@@ -239,7 +244,8 @@ def compose(
         for name, model in models.items():
             stack.callback(forget_children, model)
             if foreign is not None:
-                theirs = ForeignCache(model, foreign, lambda: run.timestep)
+                halved = uncond == "shared"
+                theirs = ForeignCache(model, foreign, lambda: run.timestep, halved=halved)
                 stack.callback(theirs.remove)
                 run.join(begin=partial(_begin, theirs, run), end=lambda: None)
             features = caches[name]

@@ -146,7 +146,7 @@ def pass_macs(
 
 
 def plan_cost(plans: Sequence[Plan], full: int, light: int | None) -> RunCost:
-    """Add up the plans of a run: a pass that may reuse is light once its slot holds a feature.
+    """Add up the plans of a run: a pass that may reuse is light while its slot holds a feature.
 
     Args:
         plans: one per denoising step, in order.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
@@ -18,7 +17,7 @@ from cmlora import guided, halves, outputs
 from cmlora.batching import Execution, Gauge, MixedBatch, Unbatchable, split
 from cmlora.caching.contexts import Contexts
 from cmlora.caching.store import FeatureCache
-from cmlora.calls import Call, Signature, Slot, parted
+from cmlora.calls import Call, Signature, Slot, own, parted, slots_of, whole
 from cmlora.denoisers import STEERING, Kind, kind
 from cmlora.errors import CmloraError
 from cmlora.guided import Side
@@ -40,6 +39,13 @@ HOOK = "cmlora"
 _SAMPLE = ("sample", "hidden_states", "x")
 _TIMESTEP = ("timestep", "timesteps", "t")
 _WHOLE = 2**30
+
+
+class _Kept(NamedTuple):
+    """Outputs of a step."""
+
+    step: int
+    rows: Mapping[Slot, torch.Tensor]
 
 
 class _NoState(BaseState):  # type: ignore[misc]
@@ -96,8 +102,9 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         self._module: nn.Module | None = None
         self._kind = Kind("")
         self._others: Contexts | None = None
-        self._kept: dict[Slot, torch.Tensor] = {}
+        self._kept: dict[str, _Kept] = {}
         self._strengths: dict[Slot, Mapping[str, Strength]] = {}
+        self._ran: dict[Slot, int] = {}
 
     @property
     def report(self) -> Report:
@@ -121,6 +128,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         def begin() -> None:
             self._others = Contexts(module, besides=self)
             self._others.reset()
+            self._gauge.forget()
             self._forget()
 
         self._run.join(begin=begin, end=self._forget)
@@ -178,9 +186,9 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
 
     def _rows(self, plan: Plan, call: Call) -> Rows:
         """Run the passes of a call, and keep what the plan wants kept."""
-        slots = self._slots(plan, call)
+        slots = slots_of(plan, call)
         results = self._results(plan, slots, call)
-        return Rows(results, self._keep(plan, slots, results) if plan.keep else None)
+        return Rows(results, self._keep(slots, call, results) if plan.keep else None)
 
     def _results(self, plan: Plan, slots: Sequence[Slot], call: Call) -> list[Any]:
         """The outputs of all passes, in their order."""
@@ -188,11 +196,13 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             for slot in slots:
                 self._cache.discard(slot)
         done = halves.sides(plan.passes, call.guidance.side)
+        names, before = whole(slots, call), self._before(call)
         recalled = [
-            single.recall and {slot, slots[0]} <= self._kept.keys()
-            for single, slot in zip(plan.passes, slots, strict=True)
+            single.recall and {name, names[0]} <= before.keys()
+            for single, name in zip(plan.passes, names, strict=True)
         ]
         wanted = [i for i, side in enumerate(done) if side and not recalled[i]]
+        self._note([slots[i] for i in wanted], call.tick.index)
         results: list[Any] = [None] * len(slots)
         for group in self._groups(plan, slots, call, wanted):
             chosen = [slots[i] for i in group]
@@ -211,34 +221,31 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         results = halves.complete(self._kind, results, ran)
         for index, again in enumerate(recalled):
             if again:
-                before, origin = self._kept[slots[index]], self._kept[slots[0]]
-                results[index] = outputs.moved(results[0], before - origin)
+                distance = before[names[index]] - before[names[0]]
+                results[index] = outputs.moved(results[0], distance)
         return results
 
+    def _note(self, slots: Sequence[Slot], index: int) -> None:
+        """Note which slots' passes run; what one held before a pause is dropped."""
+        for slot in slots:
+            if self._cache is not None and index - self._ran.get(slot, index) > 1:
+                self._cache.discard(slot)
+            self._ran[slot] = index
+
     def _keep(
-        self, plan: Plan, slots: Sequence[Slot], results: Sequence[Any]
+        self, slots: Sequence[Slot], call: Call, results: Sequence[Any]
     ) -> torch.Tensor | None:
         """Keep outputs for the next step; gives those of the step before in the same order."""
-        known = [self._kept.get(slot) for slot in slots]
+        names, before = whole(slots, call), self._before(call)
         rows = outputs.stack([outputs.leaf_tensor(result) for result in results])
-        branch = slots[0].branch
-        kept = {slot: row for slot, row in self._kept.items() if slot.branch != branch}
-        self._kept = {**kept, **dict(zip(slots, rows, strict=True))}
-        whole = [row for row in known if row is not None and row.shape == rows[0].shape]
-        return torch.stack(whole) if len(whole) == len(slots) else None
+        self._kept[call.tick.branch] = _Kept(call.tick.index, dict(zip(names, rows, strict=True)))
+        known = [before[name] for name in names if name in before]
+        return torch.stack(known) if len(known) == len(slots) else None
 
-    def _slots(self, plan: Plan, call: Call) -> list[Slot]:
-        """A slot per pass, never the same twice."""
-        seen: Counter[tuple[str, ...]] = Counter()
-        slots = []
-        for single in plan.passes:
-            loras = tuple(sorted(single.weights))
-            branch, shape = call.tick.branch, _shape(call.sample)
-            if call.guidance.side == "both" and single.branch != "both":
-                shape = (shape[0] // 2, *shape[1:])
-            slots.append(Slot(loras, seen[loras], branch, shape))
-            seen[loras] += 1
-        return slots
+    def _before(self, call: Call) -> Mapping[Slot, torch.Tensor]:
+        """The outputs kept at the step before, or at this one."""
+        kept = self._kept.get(call.tick.branch)
+        return {} if kept is None or call.tick.index - kept.step > 1 else kept.rows
 
     def _groups(
         self, plan: Plan, slots: Sequence[Slot], call: Call, wanted: Sequence[int]
@@ -254,8 +261,9 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
                 raise
             return alone
         assert call.sample is not None  # checked above
-        device = call.sample.device
-        most = _WHOLE if self._execution == "batched" else self._gauge.most(device)
+        most = _WHOLE
+        if self._execution == "auto":
+            most = self._gauge.most(call.sample.device, max(slots[i].shape[0] for i in wanted))
         light = [self._reusable(plan.passes[i], slots[i]) for i in wanted]
         groups = self._mixed.groups([plan.passes[i] for i in wanted], light, most)
         return [[wanted[i] for i in group] for group in groups]
@@ -282,12 +290,13 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             named = kwargs if self._prompts is not None else self._signature.named(call)
             args, kwargs = (), halves.take(self._kind, named, len(call.sample), side)
         measuring: AbstractContextManager[None] = nullcontext()
-        if self._execution == "auto" and call.tick.fresh and call.sample is not None:
-            measuring = self._gauge.measuring(call.sample.device)
-        with measuring, self._isolated(slot, call), self._cached([slot], [single], call) as light:
+        if self._execution == "auto" and call.sample is not None and not self._gauge.known:
+            measuring = self._gauge.measuring(call.sample.device, slot.shape[0])
+        isolated = self._isolated(single, slot, call)
+        with measuring, isolated, self._cached([slot], [single], call) as light:
             self._run.count(single, light=light, side=side)
             with self._run.counting((slot.loras, slot.shape, side, light)):
-                return self.fn_ref.original_forward(*args, **_own(kwargs))
+                return self.fn_ref.original_forward(*args, **own(kwargs))
 
     def _together(
         self, passes: Sequence[Pass], slots: Sequence[Slot], call: Call, side: Side
@@ -315,7 +324,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         with self._mixed.names(passes, batch), self._cached(slots, passes, call) as light:
             loras = tuple(slot.loras for slot in slots)
             with self._run.counting((loras, slots[0].shape, side, light)):
-                output = self.fn_ref.original_forward(**_own(repeated))
+                output = self.fn_ref.original_forward(**own(repeated))
         for single in passes:
             self._run.count(single, light=light, side=side)
         parts = split(outputs.leaf(output), times)
@@ -342,7 +351,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             return False
         return alike(single.weights, self._strengths.get(slot, single.weights))
 
-    def _isolated(self, slot: Slot, call: Call) -> AbstractContextManager[None]:
+    def _isolated(self, single: Pass, slot: Slot, call: Call) -> AbstractContextManager[None]:
         """Give other caches on the denoiser a state of their own for every pass."""
         if not self._others:
             return nullcontext()
@@ -354,13 +363,14 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             timestep=None if outer is None else outer.timestep,
             sigma=call.tick.sigma if outer is None or outer.sigma is None else outer.sigma,
         )
-        return self._others.isolated(slot.loras, inner, outer)
+        return self._others.isolated(single.weights, inner, outer)
 
     def _forget(self) -> None:
         """Nothing of a run may reach into another one."""
         self._kept.clear()
         self._pairs.forget()
         self._strengths.clear()
+        self._ran.clear()
         if self._cache is not None:
             self._cache.clear()
 
@@ -377,16 +387,6 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
             return None
 
 
-def _own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments a pass may change: UNets take residuals from the lists they are given."""
-    return {n: v.copy() if isinstance(v, list | dict) else v for n, v in kwargs.items()}
-
-
 def _last(tick: Tick) -> bool:
     """Whether features of this call are of no use to a later one."""
     return tick.index == tick.count - 1
-
-
-def _shape(sample: torch.Tensor | None) -> tuple[int, ...]:
-    """Part of a slot's name: a feature fits only an input of the same shape."""
-    return () if sample is None else tuple(sample.shape)

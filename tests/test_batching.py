@@ -104,15 +104,16 @@ def test_a_gauge_says_how_many_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net()
     gauge = Gauge(model)
     cpu = torch.device("cpu")
-    assert gauge.most(cpu) == 1
-    with gauge.measuring(cpu):
+    assert gauge.most(cpu, 2) == 1
+    with gauge.measuring(cpu, 2):
         model(torch.zeros(2, 3, 4))
     assert not any(module._forward_hooks for module in model.modules())
     largest = 2 * 2 * 3 * 4 * 4  # bytes of the first layer's input and output
     for passes, most in ((0, 1), (1, 1), (2.6, 2), (5, 5)):
         room = passes * 8 * largest / 0.8
         monkeypatch.setattr("cmlora.batching.free_memory", lambda _, room=room: room)
-        assert gauge.most(cpu) == most
+        assert gauge.most(cpu, 2) == most
+        assert gauge.most(cpu, 4) == max(1, int(passes / 2))
     assert free_memory(cpu) > 0
     assert free_memory(torch.device("meta")) == 0
 
@@ -120,7 +121,7 @@ def test_a_gauge_says_how_many_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_is_split_as_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, rows = pipeline("sd15"), []
     handle = pipe.unet.conv_in.register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
-    monkeypatch.setattr(Gauge, "most", lambda self, device: 2 if self._need else 1)
+    monkeypatch.setattr(Gauge, "most", lambda self, device, rows: 2 if self.known else 1)
     with compose(pipe, NAMES, method="composite", execution="auto"):
         ours = tiny.run(pipe, steps=3)
     # one pass to measure with, both guidance branches; then as many as fit
@@ -128,6 +129,27 @@ def test_a_step_is_split_as_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> 
     handle.remove()
     with compose(pipe, NAMES, method="composite"):
         torch.testing.assert_close(ours, tiny.run(pipe, steps=3), rtol=1e-4, atol=1e-5)
+
+
+def test_every_denoiser_is_measured_in_every_run() -> None:
+    wan = families.family("wan")
+    rows: dict[str, list[int]] = {name: [] for name in wan.denoisers}
+    handles = [
+        model.patch_embedding.register_forward_hook(
+            lambda _, args, out, name=name: rows[name].append(len(args[0]))
+        )
+        for name, model in zip(wan.denoisers, wan.models(), strict=True)
+    ]
+    with compose(wan.pipe, families.NAMES, method="composite", execution="auto"):
+        wan.run()
+        first = {name: list(seen) for name, seen in rows.items()}
+        wan.run()
+    for handle in handles:
+        handle.remove()
+    for name, seen in first.items():
+        assert seen[:2] == [1, 1]  # the first call of a run, one pass after the other
+        assert seen[2:] == [2] * len(seen[2:]) != []
+        assert rows[name] == [*seen, *seen]
 
 
 def test_unknown_executions_are_named() -> None:

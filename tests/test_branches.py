@@ -112,6 +112,82 @@ def test_recalled_outputs_follow_the_first_pass(pipe: Any) -> None:
         torch.testing.assert_close(ours, tiny.run(pipe, steps=7), rtol=1e-4, atol=1e-4)
 
 
+def remembering_halves(
+    step: Step, members: Sequence[Member], policy: Policy, *, kept: Any, **options: Any
+) -> Plan:
+    """`delta` on the base's unconditional half, from whole passes, all of them fresh."""
+    plan = METHODS["delta"].object(step, members, policy, **options)
+    known = plan.combine
+
+    def combine(outputs: torch.Tensor) -> torch.Tensor:
+        assert not isinstance(known, tuple)
+        rows, half = outputs[:-1].clone(), outputs.shape[1] // 2
+        rows[:, :half] = outputs[-1, :half]
+        for i, item in enumerate(plan.passes):
+            if item.recall:
+                rows[i, half:] = (rows[0] + kept["rows"][i] - kept["rows"][0])[half:]
+        kept["rows"] = rows
+        return known(rows)
+
+    return Plan((*(Pass(item.weights) for item in plan.passes), Pass({})), combine)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"every": 4}, {"rule": "composite"}, {"anchor": "base"}], ids=str
+)
+def test_a_shared_branch_is_cheaper_with_recalled_outputs_too(pipe: Any, options: Any) -> None:
+    calls = []
+    for uncond in ("per_lora", "shared"):
+        with compose(pipe, NAMES, method="delta", uncond=uncond, **options) as active:
+            ours = tiny.run(pipe, steps=9)
+        calls.append(active.report.calls)
+    assert calls[1] < calls[0]
+    plans = schedule("delta", [Member(name) for name in NAMES], 9, **options)
+    assert dict(active.report.full) == tally([share_uncond(plan) for plan in plans]).full
+    with compose(pipe, NAMES, method=remembering_halves, kept={}, **options):
+        torch.testing.assert_close(ours, tiny.run(pipe, steps=9), rtol=1e-4, atol=1e-4)
+    with compose(pipe, NAMES, method="delta", **options):
+        assert not torch.allclose(ours, tiny.run(pipe, steps=9), atol=1e-3)
+
+
+@pytest.mark.parametrize("uncond", ["per_lora", "shared"])
+@pytest.mark.parametrize("method", ["composite", "select", "delta", "cmlora"])
+@pytest.mark.parametrize("names", [NAMES[:2], NAMES])
+def test_a_lora_that_comes_back_begins_anew(
+    pipe: Any, names: list[str], method: str, uncond: Any
+) -> None:
+    """What it left behind when it paused is neither reused nor recalled nor extrapolated from."""
+    if pipe.__class__.__name__.endswith("XLPipeline"):
+        pytest.skip("counted once")
+    pause = "[<lora:a:1>:<lora:a:0>:<lora:a:1>:0.3,0.6]"
+    options: dict[str, Any] = {"schedule": pause, "cache": "uniform:4", "uncond": uncond}
+    with compose(pipe, names, method=method, **options) as active:
+        tiny.run(pipe, steps=10)
+    curve = scheduled(METHODS[method].object, parse_schedule(pause))
+    members = [Member(name) for name in names]
+    plans = [curve(Step(i, 10), members, parse("uniform:4")) for i in range(10)]
+    if uncond == "shared":
+        plans = [share_uncond(plan) for plan in plans]
+    counted = tally(plans)
+    assert (dict(active.report.full), dict(active.report.light)) == counted
+    if method in ("composite", "select"):
+        share = 1 if uncond == "per_lora" else 0.5
+        assert active.report.full["a"] == 3 * share  # at steps 0, 6 and 8
+
+
+def test_nothing_is_extrapolated_across_a_pause() -> None:
+    pipe = tiny.sd15()
+    tiny.add_loras(pipe, NAMES)
+
+    def drawn(cache: str) -> torch.Tensor:
+        pause = "[<lora:a:1>:<lora:a:0>:<lora:a:1>:0.25,0.5]"
+        with compose(pipe, ["a"], method="merge", cache=cache, schedule=pause):
+            return tiny.run(pipe, steps=12)
+
+    # every slot has one value since it last began, and a single value is what a forecast takes
+    assert torch.equal(drawn("steps:0,6+forecast:1"), drawn("steps:0,6"))
+
+
 @pytest.mark.parametrize("names", [NAMES, NAMES[::-1]])
 def test_the_outputs_of_the_step_before_are_handed_on(pipe: Any, names: list[str]) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []

@@ -139,12 +139,12 @@ def test_without_a_cache_every_call_is_full(members: int, steps: int, full: int)
 
 
 def test_slots_are_not_shared_between_loras() -> None:
-    """Switching back to a LoRA finds its own feature, switching to a new one finds none."""
-    order = ["a", "b", "a", "b"]
-    cost = plan_cost(plans(4, lambda i: [Pass({order[i]: 1.0}, may_reuse=True)]), 10, 1)
-    assert cost.full == {"a": 1, "b": 1}
-    assert cost.light == {"a": 1, "b": 1}
-    assert cost.macs == 22
+    """A LoRA finds its own feature of the step before, and after a turn of another one none."""
+    order = ["a", "b", "b", "a", "a", "a"]
+    cost = plan_cost(plans(6, lambda i: [Pass({order[i]: 1.0}, may_reuse=True)]), 10, 1)
+    assert cost.full == {"a": 2, "b": 1}
+    assert cost.light == {"a": 2, "b": 1}
+    assert cost.macs == 33
 
 
 def test_a_shared_unconditional_branch_saves_nearly_half() -> None:

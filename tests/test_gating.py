@@ -240,7 +240,7 @@ def test_gated_passes_are_one_pass() -> None:
 
 @pytest.mark.parametrize("execution", ["sequential", "batched", "fused"])
 @pytest.mark.parametrize("method", ["gate", "merge", "composite"])
-def test_the_scale_that_pipelines_take_counts(method: str, execution: str) -> None:
+def test_the_scale_that_pipelines_take_counts(method: str, execution: Any) -> None:
     pipe = pipeline("sd15")
 
     def draw(weight: float, **options: Any) -> torch.Tensor:

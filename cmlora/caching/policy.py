@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -301,12 +301,18 @@ def parse(text: str | Policy) -> Policy:
             every policy here.
 
     Raises:
-        CmloraError: for an unknown name or arguments that are not numbers of the right kind.
+        CmloraError: for an unknown name, arguments that are not numbers of the right kind, or what
+            is neither text nor policy.
 
     >>> parse("uniform:3").refreshes(8)
     (0, 3, 6)
     """
     if not isinstance(text, str):
+        if not hasattr(text, "refreshes"):
+            raise CmloraError(
+                f"cache {text!r}: expected a text such as uniform:3, a policy, or the "
+                "configuration of one of diffusers' caches"
+            )
         return text
     # a plus sign in front of a digit is one of a number, as in 1e+05
     text, *extras = re.split(r"\+(?!\d)", text)
@@ -336,23 +342,27 @@ def tally(plans: Sequence[Plan]) -> Tally:
     """Full and light calls of a whole run, with one cache slot per pass as the engine keeps them.
 
     A pass that may reuse is light only if an earlier step has filled its slot, with about the same
-    strengths: the first turn of every LoRA is full whatever the policy says. A call on one branch
-    of guidance counts one half. A recalled pass is no call if its output was kept at the step
-    before.
+    strengths, and it has run at every step since: the first step of every turn is full whatever the
+    policy says. A call on one branch of guidance counts one half, and has a slot of its own. A
+    recalled pass is no call if its output was kept at the step before.
     """
     full: Counter[str] = Counter()
     light: Counter[str] = Counter()
     kept: frozenset[str] = frozenset()
-    recorded: dict[str, Mapping[str, Strength]] = {}
+    recorded: dict[Hashable, Mapping[str, Strength]] = {}
     for plan in plans:
+        before, recorded = recorded, {}
+        seen: Counter[str] = Counter()
         for item in plan.passes:
+            slot = item.key, seen[item.key], item.branch == "both"
+            seen[item.key] += 1
             if item.recall and {item.key, plan.passes[0].key} <= kept:
                 continue
             share: Any = 1 if item.branch == "both" else 0.5
-            reused = item.may_reuse and full[item.key] and alike(item.weights, recorded[item.key])
+            known = before.get(slot)
+            reused = item.may_reuse and known is not None and alike(item.weights, known)
             (light if reused else full)[item.key] += share
-            if not reused:
-                recorded[item.key] = item.weights
+            recorded[slot] = known if reused and known is not None else item.weights
         kept = frozenset(item.key for item in plan.passes) if plan.keep else frozenset()
     return Tally(dict(+full), dict(light))
 

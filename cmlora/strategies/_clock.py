@@ -1,7 +1,8 @@
 """Who is dominant when, and which slots are renewed: the state machine of CMLoRA.
 
 A run is a row of *events*. At a switch event the next LoRA of the phase's set becomes dominant; at
-a refresh event the dominant's cached feature is computed afresh. In between nothing changes.
+a refresh event the dominant's cached feature is computed afresh. In between nothing changes, unless
+a slot grows too old for the cache policy, which is an event too.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def events(
     eras: tuple[Era, ...],
     max_age: int | None,
     always: bool,
+    oldest: int | None = None,
+    count: int = 0,
 ) -> tuple[Event, ...]:
     """All events of a run, or of its part that the arguments cover.
 
@@ -71,9 +74,11 @@ def events(
         refreshes: ascending steps of the refresh clock, beginning with 0.
         late: those of ``switches`` that fall into the late phase.
         eras: who takes turns, ascending by start, the first from step 0.
-        max_age: a slot at least this many steps old is renewed at the next event, and all are when
-            the phase changes; ``None`` renews nothing but the dominant's.
+        max_age: a slot at least this many steps old is renewed at the next event of the two clocks,
+            and all are when the phase changes; ``None`` renews nothing but the dominant's.
         always: the dominant runs in full at every step, so its slot is as old as its reign.
+        oldest: a slot that becomes so many steps old is renewed at once; ``None``: never.
+        count: steps of the run, of which those between the clocks are looked at for ``oldest``.
     """
     names = eras[0].early + eras[0].late
     renewed_at = dict.fromkeys(names, 0)
@@ -81,7 +86,8 @@ def events(
     dominant, was_late, number = "", False, -1
     result: list[Event] = []
     switching = set(switches)
-    for step in sorted(switching | set(refreshes)):
+    clocks = switching | set(refreshes)
+    for step in sorted(clocks if oldest is None else clocks | set(range(count))):
         if always and dominant:
             renewed_at[dominant] = step - 1
         changed = step == 0
@@ -94,13 +100,17 @@ def events(
             number += 1
             changed |= is_late != was_late and max_age is not None
             was_late = is_late
-        renewed = {
-            name
-            for name, at in renewed_at.items()
-            if changed or name == dominant or (max_age is not None and step - at >= max_age)
-        }
+        old = {n for n, at in renewed_at.items() if oldest is not None and step - at >= oldest}
+        renewed = old
+        if step in clocks:
+            renewed = old | {
+                name
+                for name, at in renewed_at.items()
+                if changed or name == dominant or (max_age is not None and step - at >= max_age)
+            }
         renewed_at.update(dict.fromkeys(renewed, step))
-        result.append(Event(step, dominant, number, frozenset(renewed)))
+        if renewed or step in clocks:
+            result.append(Event(step, dominant, number, frozenset(renewed)))
     return tuple(result)
 
 

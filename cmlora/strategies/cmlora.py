@@ -49,8 +49,9 @@ def cmlora(
     Args:
         step: the denoising step about to run.
         members: the LoRAs.
-        policy: the refresh clock. A policy without reuse makes every pass full; the dominance then
-            moves at the refresh steps of the paper's non-uniform policy.
+        policy: the refresh clock; with an age, a slot that reaches it is renewed between refreshes
+            too. A policy without reuse makes every pass full; the dominance then moves at the
+            refresh steps of the paper's non-uniform policy.
         partition: ``offline``: phases by labels and profiles, the late one from ``late`` on;
             ``online``: late while the latent's high-frequency share m is below ``threshold``, and
             LoRAs of unknown class are measured at ``probes`` steps; ``async``: a single phase,
@@ -99,11 +100,14 @@ def cmlora(
         rotation = tuple(ordered_by(members, order))
         known = Readings((Era(0, rotation, rotation),), {}, False, None)
     edge = spans(late, count)
-    limits = [limit for limit in (max_age, getattr(policy, "age", None)) if limit is not None]
-    age = max(1, spans(min(limits), count)) if limits else None
+    age, oldest = (
+        None if limit is None else max(1, spans(limit, count))
+        for limit in (max_age, getattr(policy, "age", None))
+    )
     always = dominant_full == "always"
     is_late = frozenset(tick for tick in switches if known.late.get(tick, tick >= edge))
-    event = latest(events(switches, refreshes, is_late, known.eras, age, always), step.index)
+    row = events(switches, refreshes, is_late, known.eras, age, always, oldest, count)
+    event = latest(row, step.index)
 
     def full(name: str) -> bool:
         renewed = event.step == step.index and name in event.renewed

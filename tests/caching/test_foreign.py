@@ -22,6 +22,7 @@ from cmlora import hooks
 from cmlora.caching.contexts import Contexts
 from cmlora.caching.foreign import NAMES as NAMES_OF_CACHES
 from cmlora.caching.foreign import ForeignCache, canonical, is_config, named
+from cmlora.caching.sea import picture
 from cmlora.compose import compose
 from cmlora.errors import CmloraError
 from cmlora.pipelines.magnitudes import measure
@@ -54,6 +55,10 @@ CASES = [
     ("zimage", BROADCAST),
     ("flux2", MAG),
     ("wan", SEA),
+    ("wan", FASTER),
+    ("flux", SEA),
+    ("qwen", SEA),
+    ("sd3", FASTER),
 ]
 
 
@@ -128,6 +133,36 @@ def test_every_lora_has_a_state_of_its_own(name: str, config: Any) -> None:
     assert state(calls.family.pipe) == before
 
 
+def test_sea_sees_the_picture_alone() -> None:
+    flux = families.family("flux")
+    given = Calls(flux)
+    found = picture(given.model, given.args, given.given)
+    assert found is not None
+    tokens = given.given["hidden_states"]
+    side = int(tokens.shape[1] ** 0.5) * 2
+    assert [each.shape for each in found] == [(tokens.shape[2] // 4, 1, side, side)]
+    # reference pictures follow it, and have no part in the result
+    ids, more = given.given["img_ids"], dict(given.given)
+    more["hidden_states"] = torch.cat([tokens, tokens[:, :3]], 1)
+    more["img_ids"] = torch.cat([ids, torch.tensor([[1, 0, 0], [1, 0, 1], [1, 0, 2]]).to(ids)])
+    again = picture(given.model, (), more)
+    assert again is not None
+    assert torch.equal(again[0], found[0])
+
+
+@pytest.mark.parametrize(
+    "config", [FIRST_BLOCK, TAYLOR, MAG, BROADCAST, SEA, FASTER], ids=lambda c: type(c).__name__
+)
+def test_what_was_made_at_one_strength_does_not_serve_another(config: Any) -> None:
+    calls = Calls(families.family("flux"))
+    plain = calls.alone("ink", None)
+    schedule = "[<lora:ink:0.1>:<lora:ink:1>:0.5]"
+    with compose(calls.family.pipe, ["ink"], method="merge", schedule=schedule, cache=config):
+        ours = calls.run(context=True)
+    half = STEPS // 2
+    torch.testing.assert_close(ours[half], plain[half], rtol=1e-4, atol=1e-5)
+
+
 def test_a_whole_pipeline_with_a_cache_that_it_does_not_know() -> None:
     zimage = families.family("zimage")
     never = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=1)
@@ -147,7 +182,7 @@ def test_a_state_that_missed_a_step_is_dropped() -> None:
         hook = next(hook for hook, _ in hooks.stateful_hooks(calls.model, besides=ModelHook()))
         seen = []
         for step in (0, 1, 4):
-            with contexts.isolated(("ink",), CacheContext("ink", step), None), torch.no_grad():
+            with contexts.isolated({"ink": 1.0}, CacheContext("ink", step), None), torch.no_grad():
                 calls.model(**calls.given)
                 seen.append(hook.state_manager.get_state().current_step)
         assert seen == [0, 1, 0]
@@ -160,11 +195,11 @@ def test_sharing_a_context_is_an_error() -> None:
     cache = ForeignCache(calls.model, FIRST_BLOCK, lambda: 0.0)
     try:
         contexts = Contexts(calls.model, besides=ModelHook())
-        with contexts.isolated(("ink",), CacheContext("cond"), None):
+        with contexts.isolated({"ink": 1.0}, CacheContext("cond"), None):
             pass
         with (
             pytest.raises(CmloraError, match="LoRAs cannot share a cache"),
-            contexts.isolated(("alice",), CacheContext("cond"), None),
+            contexts.isolated({"alice": 1.0}, CacheContext("cond"), None),
         ):
             pass
     finally:
@@ -200,8 +235,11 @@ def test_batched_passes_and_other_caches_exclude_each_other() -> None:
 
 
 def test_caches_that_do_not_fit_are_named() -> None:
-    with pytest.raises(CmloraError, match="FirstBlockCacheConfig does not go on Sana"):
+    with pytest.raises(CmloraError, match=r"first_block does not fit Sana .*broadcast and faster"):
         compose(families.family("sana").pipe, NAMES, cache=FIRST_BLOCK)
+    nowhere = TaylorSeerCacheConfig(cache_identifiers=["no_such_layer"])
+    with pytest.raises(CmloraError, match="TaylorSeerCacheConfig finds nothing to cache in Sana"):
+        compose(families.family("sana").pipe, NAMES, cache=nowhere)
     flux = families.family("flux")
     flux.pipe.transformer.enable_cache(FIRST_BLOCK)
     try:
@@ -234,7 +272,8 @@ def test_every_cache_of_diffusers_has_a_text() -> None:
     assert theirs == {type(config).__name__ for config in configs} | {"MagCacheConfig"}
     with pytest.raises(CmloraError, match="text_kv takes no number"):
         named("text_kv:2")
-    with pytest.raises(CmloraError, match="TextKVCacheConfig finds nothing to cache in Flux"):
+    assert named("faster:3").is_guidance_distilled
+    with pytest.raises(CmloraError, match="text_kv does not fit FLUX"):
         compose(families.family("flux").pipe, NAMES, cache="text_kv")
 
 

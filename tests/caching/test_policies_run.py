@@ -8,6 +8,7 @@ import torch
 
 from cmlora.caching.policy import tally
 from cmlora.compose import compose
+from cmlora.errors import CmloraError
 from cmlora.plan import Member, Plan, Policy, Step
 from cmlora.strategies import METHODS, schedule
 from tests import tiny
@@ -33,6 +34,17 @@ def test_slots_are_renewed_as_planned(pipe: Any, method: str, cache: str) -> Non
     counted = tally(schedule(method, [Member(name) for name in NAMES], 7, cache))
     assert dict(active.report.full) == counted.full
     assert dict(active.report.light) == counted.light
+
+
+def test_no_cache_is_none(pipe: Any) -> None:
+    drawn = []
+    for cache in (None, "none"):
+        with compose(pipe, NAMES, method="composite", cache=cache) as active:
+            drawn.append(tiny.run(pipe))
+        assert not active.report.light
+    assert torch.equal(*drawn)
+    with pytest.raises(CmloraError, match="cache 3: expected a text such as uniform:3"):
+        compose(pipe, NAMES, cache=3)
 
 
 def watched(step: Step, members: Sequence[Member], policy: Policy, *, seen: list[Step]) -> Plan:

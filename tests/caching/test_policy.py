@@ -1,6 +1,7 @@
 """Refresh steps, the texts that stand for policies, and how runs are counted."""
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -126,7 +127,28 @@ def test_every_policy_is_listed() -> None:
 def test_the_first_run_of_a_slot_is_full_even_if_it_may_reuse() -> None:
     one, other = Pass({"a": 1.0}, may_reuse=True), Pass({"b": 1.0}, may_reuse=True)
     fresh = Pass({"a": 1.0})
-    plans = [Plan((one,)), Plan((other,)), Plan((one,)), Plan((fresh,)), Plan((other,))]
+    plans = [Plan((one,)), Plan((one,)), Plan((other,)), Plan((other,)), Plan((fresh,))]
     counted = tally(plans)
     assert counted.full == {"a": 2, "b": 1}
     assert counted.light == {"a": 1, "b": 1}
+
+
+def test_the_first_run_after_a_pause_is_full() -> None:
+    one, other = Pass({"a": 1.0}, may_reuse=True), Pass({"b": 1.0}, may_reuse=True)
+    both = Plan((one, other), (0.5, 0.5))
+    counted = tally([both, both, Plan((one,)), both, both])
+    assert counted.full == {"a": 1, "b": 2}
+    assert counted.light == {"a": 4, "b": 2}
+
+
+def test_a_half_has_a_slot_of_its_own() -> None:
+    half, whole = Pass({"a": 1.0}, True, branch="cond"), Pass({"a": 1.0}, True)
+    counted = tally([Plan((half,)), Plan((half,)), Plan((whole,)), Plan((whole,))])
+    assert counted.full == {"a": 1.5}
+    assert counted.light == {"a": 1.5}
+
+
+@pytest.mark.parametrize("value", [5, ["none"], {"threshold": 0.1}])
+def test_what_is_no_policy_is_named(value: Any) -> None:
+    with pytest.raises(CmloraError, match="expected a text such as uniform:3, a policy"):
+        parse(value)

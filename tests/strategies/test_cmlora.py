@@ -273,6 +273,32 @@ def test_no_slot_is_older_than_the_limit_and_a_refresh_away() -> None:
     assert [i for i, plan in enumerate(without) if "background" in full(plan)][:2] == [0, 120]
 
 
+@pytest.mark.parametrize("always", ["refresh", "always"])
+@pytest.mark.parametrize("partition", ["offline", "async"])
+@pytest.mark.parametrize("base", ["steps:0", "uniform:3", "nonuniform"])
+def test_an_age_of_the_policy_holds_between_refreshes_too(
+    base: str, partition: str, always: str
+) -> None:
+    count, limit = 60, 9
+    options: dict[str, Any] = {"partition": partition, "dominant_full": always, "max_age": None}
+    aged = schedule("cmlora", FIVE, count, f"{base}+age:0.15", **options)
+    plain = schedule("cmlora", FIVE, count, base, **options)
+    since = dict.fromkeys((member.name for member in FIVE), 0)
+    for index, (plan, other) in enumerate(zip(aged, plain, strict=True)):
+        assert plan.combine == other.combine
+        due = {name for name, at in since.items() if index - at >= limit}
+        assert full(plan) == full(other) | due
+        since.update(dict.fromkeys(full(plan), index))
+
+
+def test_an_age_is_no_maximum_age() -> None:
+    """The method's own limit acts at refreshes, and all slots are new when the phase changes."""
+    names = {member.name for member in FIVE}
+    aged = schedule("cmlora", FIVE, 200, "nonuniform+age:0.9", max_age=None)
+    assert full(aged[120]) == {"background"}
+    assert full(schedule("cmlora", FIVE, 200, "nonuniform+age:0.9")[120]) == names
+
+
 def test_everything_is_renewed_when_the_phase_changes() -> None:
     names = {member.name for member in FIVE}
     assert full(schedule("cmlora", FIVE, 200, "nonuniform")[120]) == names

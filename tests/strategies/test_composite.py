@@ -12,7 +12,7 @@ from cmlora.strategies import schedule
 @settings(deadline=None)
 @given(st.integers(2, 9))
 def test_one_pass_per_lora_with_equal_shares(n: int) -> None:
-    members = [Member(f"lora{i}", i / 10) for i in range(n)]
+    members = [Member(f"lora{i}", (i + 1) / 10) for i in range(n)]
     for plan in schedule("composite", members, 5):
         assert plan.passes == tuple(Pass({member.name: member.weight}) for member in members)
         assert plan.combine == (1 / n,) * n
