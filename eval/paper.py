@@ -13,6 +13,7 @@ from cmlora.eval.report.summary import Summary, summarise
 from cmlora.eval.report.tables import NONE, Table, interval_text, percent
 from cmlora.eval.statistics import Interval, mean_interval
 from cmlora.eval.study import Study
+from cmlora.eval.variants import read
 
 MEASURED = "measured"
 
@@ -53,8 +54,8 @@ class _Run:
         self.failed = len(study.failures())
 
     def labels(self, method: str) -> list[str]:
-        """Labels of a method, with and without caches."""
-        return [label for label in self.summary.labels if label.partition("@")[0] == method]
+        """Labels of a method, with and without options and caches."""
+        return [label for label in self.summary.labels if _method(label) == method]
 
     def cell(self, table: Mapping[str, Any], row: Mapping[str, Any], place: int, label: str) -> str:
         """What the run has for a cell; a dash if it has nothing."""
@@ -85,6 +86,14 @@ class _Run:
         duels = [duel for duel in verdicts.duels if duel.n == n]
         counts = verdicts.wins(dimension, duels).get((label, "merge"))
         return NONE if counts is None else "-".join(map(str, percent(counts)))
+
+
+def _method(label: str) -> str:
+    """The method of a label; nothing for one that only another version knows."""
+    try:
+        return read([label])[0].method
+    except CmloraError:
+        return ""
 
 
 def _marks(verdicts: Verdicts, label: str, dimension: str, n: int | None) -> Interval:

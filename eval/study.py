@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 _KEY = "cmlora_run"
 _NAME = 100
+_NAMED = 3  # differences that are told
+_NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,12 @@ class Study:
         if self.file.exists():
             known = self.settings()
             for key in ("testbed", "model_hash", "dtype", "options", "loras"):
-                if _content(known.get(key)) != _content(settings[key]):
+                found = list(_differences(_content(known.get(key)), _content(settings[key])))
+                if found:
+                    more = f"; {len(found) - _NAMED} more differ" if len(found) > _NAMED else ""
                     raise CmloraError(
-                        f"{self.folder} holds a run with another {key} ({_difference(known, key)}"
-                        f"here {_short(settings[key])}); choose another --out"
+                        f"{self.folder} holds a run with another {key} "
+                        f"({'; '.join(found[:_NAMED])}{more}); choose another --out"
                     )
             return
         try:
@@ -206,8 +210,31 @@ def _content(value: Any) -> Any:
     return value
 
 
-def _difference(known: Mapping[str, Any], key: str) -> str:
-    return f"there {_short(known.get(key))}, "
+def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
+    """Where two settings differ, down to the single values."""
+    if there == here:
+        return
+    one, other = _table(there), _table(here)
+    if one is None or other is None or one == other:  # the same parts in another order
+        head = f"{place}: " if place else ""
+        yield f"{head}there {_shown(there)}, here {_shown(here)}"
+        return
+    for key in dict.fromkeys((*one, *other)):
+        inner = f"{place}.{key}" if place else str(key)
+        yield from _differences(one.get(key, _NOTHING), other.get(key, _NOTHING), inner)
+
+
+def _table(value: Any) -> dict[Any, Any] | None:
+    """A table as it is, and a list of tables by their ids; nothing else has parts worth naming."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and all(isinstance(v, dict) and "id" in v for v in value):
+        return {each["id"]: each for each in value}
+    return None
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is _NOTHING else value if isinstance(value, str) else _short(value)
 
 
 def _short(value: Any) -> str:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cmlora.errors import CmloraError
 from cmlora.pipelines import library
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
+from cmlora.pipelines.feasible import check_size, scheduler_of
 from cmlora.pipelines.models import fingerprint, resolve
 from cmlora.plan import Role, Scope
 from cmlora.recipe import Recipe
@@ -93,10 +93,9 @@ def restore(
         config: see `assemble`.
 
     Raises:
-        CmloraError: if the model or a LoRA is missing or is not the one of the recipe.
+        CmloraError: if the model or a LoRA is missing or is not the one of the recipe, or the model
+            cannot make a picture of its size with its scheduler.
     """
-    import diffusers
-
     place = model or recipe.model
     if recipe.model_hash != fingerprint(place):
         raise CmloraError(f"model {place} is not the one of the recipe: its hash differs")
@@ -106,6 +105,8 @@ def restore(
     found = library.by_hash(wanted, model=place, folder=folder)
     files, others = found[: len(recipe.loras)], found[len(recipe.loras) :]
     pipe = assemble(place, (), dtype=recipe.dtype, device=device, config=config)
+    check_size(pipe.pipe, (recipe.width, recipe.height), "recipe: ")
+    pipe.pipe.scheduler = scheduler_of(recipe, pipe.pipe.scheduler)
     for lora, file in zip(recipe.loras, files, strict=True):
         pipe.load_lora_weights(
             file,
@@ -117,9 +118,4 @@ def restore(
         )
     for (lora, each), file in zip(further, others, strict=True):
         pipe.load_lora_weights(file, lora.name, weight=each.weight, into=each.into)
-    kind: Any = getattr(diffusers, recipe.scheduler, None)
-    schedulers = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
-    if not schedulers:
-        raise CmloraError(f"diffusers has no scheduler {recipe.scheduler!r}")
-    pipe.pipe.scheduler = kind.from_config(dict(recipe.scheduler_config))
     return pipe

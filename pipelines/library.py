@@ -36,7 +36,7 @@ def find(
         raise CmloraError(f"LoRA {name}: this is a folder; name the {SUFFIX} file in it")
     near = difflib.get_close_matches(path.stem, known, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; there is no such file"
-    listed = f" known: {', '.join(known)}" if known else ""
+    listed = f"{'' if near else ';'} known: {', '.join(known)}" if known else ""
     raise CmloraError(f"LoRA {name!r} not found{hint}{listed}")
 
 

@@ -198,20 +198,24 @@ def _ordinary(
         return _exported(studio, model, path, rank)
     pipe = None
     if files.open_file(path).plain()[1]:
+        from torch import float32
+
         from cmlora.pipelines.models import open_pipeline
 
-        pipe = open_pipeline(studio.model_place(model))
+        pipe = open_pipeline(studio.model_place(model), dtype=float32)
     return files.convert(path, pipe, rank=rank, strict=not loose)
 
 
 def _exported(studio: Studio, model: str, path: Path, rank: int | None) -> tuple[LoRA, float]:
+    from torch import float32
+
     from cmlora.adapters.tuners import TUNERS, store
     from cmlora.adapters.tuners.export import to_lora
     from cmlora.pipelines.models import open_pipeline
 
     assert TUNERS  # the table makes the tuners known to PEFT
     store.read(path)
-    pipe = open_pipeline(studio.model_place(model))
+    pipe = open_pipeline(studio.model_place(model), dtype=float32)
     store.load(pipe, path, "converted")
     lora, error = to_lora(pipe, "converted", rank)
     return replace(lora, name=path.stem), error

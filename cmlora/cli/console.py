@@ -12,8 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 # Without markup: names of files and LoRAs, and of variants, have square brackets of their own.
-err = Console(stderr=True, highlight=False, markup=False)
-out = Console(highlight=False, markup=False)
+# Without emoji: so have tags and prompts colons, and :cat: would become a picture.
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+out = Console(highlight=False, markup=False, emoji=False)
 
 
 def emit(result: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmlora.cli.console import emit, err, out
+from cmlora.cli.console import emit, err, headed, out
 from cmlora.cli.options import AsJson, Model
 from cmlora.errors import CmloraError
 
@@ -34,6 +34,8 @@ def extract(
     """
     from dataclasses import replace
 
+    from torch import float32
+
     from cmlora import files
     from cmlora.adapters.training.conditioning import denoisers_of
     from cmlora.adapters.training.extract import extract as difference
@@ -41,7 +43,7 @@ def extract(
 
     if output.suffix != ".safetensors":
         raise CmloraError(f"{output} should end in .safetensors, which is what is written")
-    found_parts = denoisers_of(open_pipeline(model))
+    found_parts = denoisers_of(open_pipeline(model, dtype=float32))
     part = part or next(iter(found_parts))
     if part not in found_parts:
         raise CmloraError(f"--part {part}: {model} has {', '.join(found_parts)}")
@@ -53,10 +55,11 @@ def extract(
     lora = replace(found.lora, triggers=(trigger,) if trigger else ())
     files.write(lora, output)
     if found.left:
-        err.print(
-            f"[yellow]warning:[/yellow] {len(found.left)} other parameters differ, "
+        words = (
+            f"{len(found.left)} other parameters differ, "
             f"{found.share:.1%} of the change: {found.left[0]}, ..."
         )
+        err.print(headed("warning", words, "yellow"))
     facts: dict[str, Any] = {
         "file": str(output),
         "modules": len(lora.updates),

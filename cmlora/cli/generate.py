@@ -8,7 +8,10 @@ import typer
 from cmlora import pictures
 from cmlora.cli import arguments, options, proposed
 from cmlora.cli.console import emit, err, out, progress, quiet_libraries, status
+from cmlora.cli.destination import check_destination
 from cmlora.errors import CmloraError
+
+_BESIDE_A_RECIPE = ("recipe", "destination", "model", "config", "lora_dir", "device", "as_json")
 
 
 def generate(
@@ -29,7 +32,10 @@ def generate(
         typer.Option(help="NAME=global, as styles are, or NAME=local: for gate and select."),
     ] = None,
     order: Annotated[
-        str, typer.Option(help="NAME,NAME: whose turn comes first, for switch; by name if empty.")
+        str,
+        typer.Option(
+            help="NAME,NAME: whose turn comes first, for switch; by category and name if empty."
+        ),
     ] = "",
     into: Annotated[
         list[str] | None,
@@ -84,7 +90,7 @@ def generate(
 
     As the doctor says: [bold]cmlora generate --recipe advice.json --seed 3 --out c.png[/bold]
     """
-    _check_destination(destination)
+    check_destination(destination, recipe)
     prompt, schedule, named = arguments.tagged(prompt, schedule, lora or ())
     loras = [arguments.weighted(text) for text in named]
     roles, scopes = arguments.roles(role or ()), arguments.scopes(scope or ())
@@ -107,7 +113,6 @@ def generate(
         "order": arguments.listed(order),
     }
 
-    from cmlora.pipelines.models import EMBEDDED
     from cmlora.pipelines.proposal import Proposal
     from cmlora.pipelines.render import (
         Wish,
@@ -123,8 +128,9 @@ def generate(
     told = None if recipe is None else proposed.read(recipe)
     if told is not None and not isinstance(told, Proposal):
         exact = told
+        _refuse_others(context, recipe)
         with status("loading"):
-            place = None if model == EMBEDDED else model
+            place = model if _given(context, "model") else None
             pipe = restore(exact, model=place, folder=lora_dir, device=device, config=config)
     else:
         wanted: list[tuple[str | Path, float]] = [*loras]
@@ -198,14 +204,25 @@ def _given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
+def _refuse_others(context: typer.Context, recipe: Path | None) -> None:
+    """Refuses options about the picture, of which a recipe says everything.
+
+    Raises:
+        CmloraError: names those that were given.
+    """
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name and option.name not in _BESIDE_A_RECIPE and _given(context, option.name)
+    ]
+    if given:
+        raise CmloraError(
+            f"{', '.join(given)}: --recipe {recipe} says everything about its picture already; "
+            f"leave {'it' if len(given) == 1 else 'them'} out, or draw anew without --recipe"
+        )
+
+
 def _recipe(recipe: Any) -> dict[str, Any]:
     import json
 
     return {"recipe": json.loads(recipe.to_json())}
-
-
-def _check_destination(path: Path) -> None:
-    """Refuse before the work what cannot be written after it."""
-    pictures.check_name(path, "--out ")
-    if not path.parent.is_dir():
-        raise CmloraError(f"--out {path}: there is no folder {path.parent}")

@@ -1,5 +1,6 @@
 """`cmlora replay`: the picture in a file, made again from what the file says."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +10,12 @@ import typer
 from cmlora import pictures
 from cmlora.cli import options
 from cmlora.cli.console import emit, err, out, progress, quiet_libraries, status
-from cmlora.cli.generate import _check_destination
+from cmlora.cli.destination import check_destination
 from cmlora.errors import CmloraError
+
+_GONE = "other programs took that out"
+_PACKED = re.compile(rb"zTXt(cmlora|parameters)\0|iTXt(cmlora|parameters)\0\x01")
+_READ = 2**26  # bytes of a picture that are looked through for texts
 
 
 def replay(
@@ -37,23 +42,25 @@ def replay(
 
     A picture of ours comes out the same, byte for byte on the same machine and libraries. One of
     another program that left its text gets the same prompt, seed, sampler and LoRAs (found by
-    their hashes, at the strengths and curves of their tags), which is not the same pixels.
+    their hashes, at the strengths and curves of their tags), which is not the same pixels; what of
+    its text is not carried out is said.
 
     Example: [bold]cmlora replay picture.png --lora-dir loras --out again.png[/bold]
     """
-    target = destination or picture.with_name(f"{picture.stem}-again{picture.suffix}")
-    if not dry_run:
-        _check_destination(target)
     record, foreign = _read(picture)
     if dry_run:
         _say(picture, record, foreign, as_json)
         return
+    suffix = picture.suffix if picture.suffix.lower() in pictures.SUFFIXES else ".png"
+    target = destination or picture.with_name(f"{picture.stem}-again{suffix}")
+    check_destination(target, picture)
     if foreign is not None:
         foreign.check()
     quiet_libraries()
     from cmlora.pipelines.render import render, restore
     from cmlora.pipelines.retell import retell
 
+    left: list[str] = []
     with status("loading"):
         if record is not None:
             where = model or None
@@ -61,21 +68,24 @@ def replay(
         else:
             if not model:
                 raise CmloraError(f"{picture} is another program's; name a model with --model")
-            pipe, record = retell(foreign, model, folder=lora_dir, device=device, config=config)
+            told = retell(foreign, model, folder=lora_dir, device=device, config=config)
+            pipe, record, left = told
             record = replace(record, schedule=foreign.schedule(list(pipe.loras)))
-            for note in foreign.notes():
-                err.print(note, markup=False)
+            for note in left:
+                err.print(note, soft_wrap=True)
     with progress(record.method, record.steps) as bar:
         made = render(pipe, record, on_step=lambda: bar.advance(bar.task_ids[0]))
     pictures.save(made.image, target, record)
     same = target.read_bytes() == picture.read_bytes()
     changed = _changed(record) if foreign is None else {}
     if as_json:
-        emit({"file": str(target), "identical": same, "libraries": changed})
+        emit({"file": str(target), "identical": same, "libraries": changed, "left_out": left})
         return
     out.print(str(target), soft_wrap=True, markup=False)
     if same:
         err.print("the same file, byte for byte")
+    elif left:
+        err.print("not all of its ingredients, see above; the pixels are our own")
     elif foreign is not None:
         err.print("the same ingredients; the pixels are our own")
     else:
@@ -92,7 +102,14 @@ def _read(picture: Path) -> tuple[Any, Any]:
         return pictures.read(picture), None
     if texts.get("parameters", "").strip():
         return None, parse(texts["parameters"])
-    raise CmloraError(f"{picture} does not say how it was made; other programs took that out")
+    why = "its texts are compressed, which are not read" if _packed(picture) else _GONE
+    raise CmloraError(f"{picture} does not say how it was made: {why}")
+
+
+def _packed(picture: Path) -> bool:
+    """Whether a PNG has the texts that are looked for in a compressed form."""
+    with picture.open("rb") as file:
+        return _PACKED.search(file.read(_READ)) is not None
 
 
 def _say(picture: Path, record: Any, foreign: Any, as_json: bool) -> None:

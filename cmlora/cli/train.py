@@ -100,6 +100,8 @@ def train(
 
 
 def _carried_out(chosen: Any, layout: str | None, device: str | None) -> dict[str, Any]:
+    from torch import float32
+
     from cmlora.adapters.training.optim import OPTIMIZERS
     from cmlora.adapters.training.pictures import read_folder
     from cmlora.adapters.training.samples import draw_prior
@@ -112,7 +114,8 @@ def _carried_out(chosen: Any, layout: str | None, device: str | None) -> dict[st
     assert OPTIMIZERS[chosen.optim]
     examples = read_folder(chosen.data, chosen.trigger)
     quiet_libraries()
-    pipe = open_pipeline(chosen.model, **({"config": layout} if layout else {}))
+    # said for every part: left alone, text encoders come in the file's precision, the rest does not
+    pipe = open_pipeline(chosen.model, dtype=float32, **({"config": layout} if layout else {}))
     place = read_device(device)
     if place is not None:
         pipe.to(place)

@@ -8,6 +8,7 @@ import typer
 from cmlora.cli.console import emit, out, status
 from cmlora.cli.merge import writable
 from cmlora.cli.options import AsJson
+from cmlora.errors import CmloraError
 
 
 def unpack(
@@ -26,6 +27,10 @@ def unpack(
 
     packed = rmm.load(file)
     found = [rmm.rebuild(packed, wanted) for wanted in name or packed.names]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CmloraError(f"--out {folder}: cannot make the folder ({error.strerror})") from None
     targets = [folder / f"{lora.name}.safetensors" for lora in found]
     for target in targets:
         writable(target, force)

@@ -91,6 +91,17 @@ def test_generate(model_folder: Path, tmp_path: Path, arguments: list[str], mess
     assert message in complaint(generate(model_folder, tmp_path, *arguments))
 
 
+def test_an_unknown_lora_is_followed_by_those_there_are(
+    model_folder: Path, lora_folder: Path, tmp_path: Path
+) -> None:
+    here = ["--lora-dir", str(lora_folder), "--lora"]
+    said = complaint(generate(model_folder, tmp_path, *here, "xyz"))
+    assert "'xyz' not found; there is no such file; known: cat, " in said
+    said = complaint(generate(model_folder, tmp_path, *here, "cta"))
+    assert "'cta' not found; did you mean cat" in said
+    assert "? known: cat, " in said
+
+
 def test_nothing_to_say_without_a_prompt(model_folder: Path) -> None:
     said = complaint(["generate", "--model", str(model_folder), "--method", "naive"])
     assert "no --prompt" in said

@@ -33,6 +33,18 @@ def call_json(*arguments: str) -> Any:
     return json.loads(call(*arguments, "--json").stdout)
 
 
+def test_methods_that_the_readme_reports_are_those_it_runs() -> None:
+    """Its commands are carried out in the order they are printed."""
+    lines = [x for x in (ROOT / "README.md").read_text().splitlines() if "cmlora evaluate" in x]
+    made = next(line for line in lines if line.endswith("--out run"))
+    report = next(line for line in lines if "evaluate report run" in line and "--methods" in line)
+    ran, shown = (
+        set(words[words.index("--methods") + 1].split(","))
+        for words in map(str.split, (made, report))
+    )
+    assert shown <= ran
+
+
 @pytest.fixture(scope="module")
 def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny testbed; read only."""

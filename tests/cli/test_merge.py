@@ -209,11 +209,10 @@ def test_pack_and_unpack(tmp_path: Path) -> None:
         lora = stack([(base, 1 + 0.1 * index)], f"l{index}")
         files.append(tmp_path / f"l{index}.safetensors")
         write(lora, files[-1])
-    out, folder = tmp_path / "all.safetensors", tmp_path / "again"
+    out, folder = tmp_path / "all.safetensors", tmp_path / "again" / "deeper"
     said = run_json("pack", *files, "-p", "1", "-o", out)
     assert said["bytes"] < said["before"]
     assert max(said["errors"].values()) < 1e-5
-    folder.mkdir()
     run("unpack", out, "--name", "l3", "-o", folder)
     assert [path.name for path in folder.iterdir()] == ["l3.safetensors"]
     assert distance(read(folder / "l3.safetensors"), read(files[3])) < 1e-5
@@ -222,6 +221,7 @@ def test_pack_and_unpack(tmp_path: Path) -> None:
     assert "saves nothing" in complaint(["pack", *files, "-p", "4", "-o", folder / "x.safetensors"])
     assert "is no pack" in complaint(["unpack", files[0], "-o", folder])
     assert "no LoRA 'l9'" in complaint(["unpack", out, "--name", "l9", "-o", folder])
+    assert "cannot make the folder" in complaint(["unpack", out, "-o", files[0] / "inside"])
 
 
 def test_a_pack_cannot_write_outside_its_folder(tmp_path: Path) -> None:

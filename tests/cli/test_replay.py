@@ -64,6 +64,47 @@ def test_a_picture_is_made_again(made: Path, lora_folder: Path, tmp_path: Path) 
     assert said["recipe"]["method"] == "composite"
 
 
+def test_the_picture_itself_is_not_replaced(made: Path, lora_folder: Path, tmp_path: Path) -> None:
+    before = made.read_bytes()
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for target in (made, inside / ".." / made.name):
+        for command in (["replay", str(made)], ["generate", "--recipe", str(made)]):
+            said = refused(*command, "--lora-dir", str(lora_folder), "--out", str(target))
+            assert "is the picture that is made again" in said
+    assert made.read_bytes() == before
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(
+    made: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    draw = ["generate", "--model", str(model_folder), "--method", "naive", "--prompt", "a cat"]
+    for command in (draw, ["replay", str(made)]):
+        said = refused(*command, "--out", str(tmp_path / "folder.png"))
+        assert "this is a folder" in said
+        assert "there is no folder" in refused(*command, "--out", str(tmp_path / "file" / "a.png"))
+        # nobody writes there, not even root, to whom modes of folders say nothing
+        assert "nothing can be written" in refused(*command, "--out", "/proc/a.png")
+
+
+def test_what_is_no_picture_is_said_of_the_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.gif").write_bytes(b"GIF89a")
+    (tmp_path / "a.json").write_text("{}")
+    for name in (".", "a.gif", "a.json"):
+        said = refused("replay", str(tmp_path / name))
+        assert "--out" not in said
+        assert str(tmp_path / name) in said
+
+
+def test_a_recipe_refuses_options_about_the_picture(made: Path, lora_folder: Path) -> None:
+    again = ["generate", "--recipe", str(made), "--lora-dir", str(lora_folder)]
+    said = refused(*again, "--out", str(made.with_name("b.png")), "--steps", "30", "--lora", "cat")
+    assert f"--lora, --steps: --recipe {made} says everything" in " ".join(said.split())
+    assert "is not the one of the recipe" in refused(*again, "--model", "emoji")
+
+
 def test_missing_loras_are_all_named(made: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     said = refused("replay", str(made), "--lora-dir", str(tmp_path / "empty"))
@@ -72,7 +113,11 @@ def test_missing_loras_are_all_named(made: Path, tmp_path: Path) -> None:
     assert "sha256" in said
     assert refused("replay", str(tmp_path / "no.png")).count("no.png") == 1
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
-    assert "does not say how it was made" in refused("replay", str(tmp_path / "bare.png"))
+    assert "other programs took that out" in refused("replay", str(tmp_path / "bare.png"))
+    info = PngInfo()
+    info.add_text("parameters", "a cat", zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "packed.png", pnginfo=info)
+    assert "texts are compressed" in refused("replay", str(tmp_path / "packed.png"))
 
 
 def test_another_programs_picture_is_told_again(
@@ -92,11 +137,28 @@ def test_another_programs_picture_is_told_again(
     again = tmp_path / "ours.png"
     where = ["--model", str(model_folder), "--lora-dir", str(lora_folder), "--out", str(again)]
     result = run("replay", str(path), *where)
-    assert "the pixels are our own" in result.stderr
+    assert "the same ingredients; the pixels are our own" in result.stderr
     recipe = pictures.read(again)
     assert (recipe.prompt, recipe.negative_prompt, recipe.seed) == ("a cat", "dog", 9)
     assert (recipe.scheduler, recipe.guidance_scale) == ("EulerAncestralDiscreteScheduler", 3)
     assert [(lora.file, lora.weight) for lora in recipe.loras] == [("cat.safetensors", 0.8)]
+
+
+def test_what_is_left_out_of_anothers_text_is_said(model_folder: Path, tmp_path: Path) -> None:
+    info, path = PngInfo(), tmp_path / "theirs.png"
+    text = "Steps: 2, Sampler: DPM++ 2M SDE Karras, Seed: -1, Size: 32x32, Clip skip: 2"
+    info.add_text("parameters", f"a cat\n{text}")
+    Image.new("RGB", (32, 32)).save(path, pnginfo=info)
+    result = run("replay", str(path), "--model", str(model_folder), "--json")
+    left = ["Seed -1: 0 is used", "Clip skip 2 is left out"]
+    assert json.loads(result.stdout)["left_out"] == left
+    assert all(note in result.stderr for note in left)
+    result = run("replay", str(path), "--model", str(model_folder))
+    assert "the same ingredients" not in result.stderr
+    assert "not all of its ingredients" in result.stderr
+    recipe = pictures.read(tmp_path / "theirs-again.png")
+    assert recipe.scheduler == "DPMSolverMultistepScheduler"
+    assert recipe.scheduler_config["algorithm_type"] == "sde-dpmsolver++"
 
 
 def test_strengths_and_curves_of_anothers_tags_are_replayed(

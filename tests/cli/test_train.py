@@ -70,6 +70,22 @@ def test_a_denoiser_and_what_was_learnt_as_a_lora(
         torch.testing.assert_close(update.delta(), after[key] - base[key], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", [(), ("--tuner", "nola"), ("--full", "--optim", "galore")])
+def test_the_default_model_can_be_trained(how: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    small = ("--resolution", 32, "--steps", 2, "--trigger", "zorbo")
+    done = run("train", "--data", data, "--out", tmp_path / "out", *small, *how, "--json")
+    assert done.exit_code == 0, done.output
+    assert Path(json.loads(done.stdout)["file"]).exists()
+
+
+def test_every_part_of_a_model_in_half_precision_is_trained(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    tiny.sd15().to(torch.float16).save_pretrained(folder)
+    common = ("--data", data, "--model", folder, "--out", tmp_path / "out", *SMALL)
+    done = run("train", *common, "--trigger", "zorbo", "--set", "text_targets=q_proj")
+    assert done.exit_code == 0, done.output
+
+
 def test_pictures_of_the_class_are_drawn_first(
     data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -154,7 +170,7 @@ def test_extracting_from_the_second_denoiser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = families.wan().pipe
-    monkeypatch.setattr("cmlora.pipelines.models.open_pipeline", lambda *_: pipe)
+    monkeypatch.setattr("cmlora.pipelines.models.open_pipeline", lambda *_, **__: pipe)
     tuned, rng = deepcopy(pipe.transformer_2), torch.Generator().manual_seed(0)
     key = "blocks.0.attn1.to_q"
     weight = tuned.get_submodule(key).weight

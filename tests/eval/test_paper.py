@@ -9,6 +9,7 @@ from cmlora.errors import CmloraError
 from cmlora.eval.paper import beside, published
 from cmlora.eval.report.summary import summarise
 from cmlora.eval.report.tables import interval_text
+from cmlora.strategies import METHODS
 from tests.eval.made import WORDS, make_study
 
 
@@ -34,6 +35,23 @@ def test_published_tables_beside_a_run(tmp_path: Path) -> None:
     assert "measured none of these cells" in beside(other, only=["zhong_wins"])[0].note
     with pytest.raises(CmloraError, match="no published table 'table1'"):
         beside(only=["table1"])
+
+
+def test_later_methods_and_variants_have_their_rows(tmp_path: Path) -> None:
+    words = ("merge", "switch[tau=2]", "w_switch", "w_composite", "loratorio", "multlfg")
+    run = make_study(
+        tmp_path / "anime",
+        testbed="composlora-anime",
+        sets=2,
+        words=words,
+        metrics=("clip_score", "clip_image"),
+        quality=lambda method, n, rng: float(rng.random()),
+    )
+    scores, likeness = beside(run, only=["clip_score", "prompt_aware"])
+    measured = [row[0] for row in scores.rows if row[1] != "published"]
+    assert measured == ["`merge`", "`switch[tau=2]`", "`multlfg`", "`loratorio`"]
+    assert {"`w_switch`", "`w_composite`"} <= {row[0] for row in likeness.rows}
+    assert all(row["method"] in METHODS for table in published() for row in table["rows"])
 
 
 def test_published_means_are_those_of_their_rows() -> None:

@@ -1,5 +1,6 @@
 """The runner on a tiny testbed: nothing is lost, done twice, or different."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -121,10 +122,40 @@ def test_more_can_be_added_and_what_is_gone_is_made_again(bed: Path, tmp_path: P
 
 def test_another_study_is_refused(bed: Path, whole: Path, tmp_path: Path) -> None:
     other = beds.save_bed(tmp_path / "bed", steps=5)
-    with pytest.raises(CmloraError, match="holds a run with another testbed"):
+    with pytest.raises(CmloraError, match=r"another testbed \(steps: there 4, here 5\); choose"):
         beds.work(other, whole)
     with pytest.raises(CmloraError, match="holds no run"):
         Study(tmp_path).settings()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float16"}, "another dtype (there float16, here float32)"),
+        ({"options": {"tau": "2"}}, "another options (tau: there 2, here nothing)"),
+        ({"model_hash": "abc"}, "another model_hash (there abc, here "),
+        (
+            {"testbed": {"steps": 9, "width": 9, "height": 9, "guidance_scale": 9}},
+            "steps: there 9, here 4; ",
+        ),
+        ({"loras": [{"id": "cat", "sha256": "0"}]}, "another loras (cat"),
+    ],
+)
+def test_what_differs_is_named(
+    bed: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    study = Study(tmp_path)
+    studio = beds.open_studio(bed)
+    study.begin(studio, {}, None)
+    settings = study.settings()
+    for key, value in changes.items():
+        inner = settings[key]
+        settings[key] = {**inner, **value} if isinstance(inner, dict) else value
+    study.file.write_text(json.dumps(settings))
+    with pytest.raises(CmloraError) as refusal:
+        study.begin(studio, {}, None)
+    assert message in str(refusal.value)
+    assert len(str(refusal.value)) < 500
 
 
 def test_what_an_interruption_leaves_is_cleared_away(

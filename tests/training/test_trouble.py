@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from cmlora.adapters.training import Trainer, read_folder
+from cmlora.adapters.training import Trainer, read_folder, train
 from cmlora.errors import CmloraError
+from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from tests.training import bench
 
 
@@ -120,3 +122,34 @@ def test_there_must_be_pictures_and_a_denoiser(folder: Path) -> None:
     trainer = Trainer(bench.pipeline(), changed, read_folder(folder / "data"))
     with pytest.raises(CmloraError, match="an adapter 'ink' already"):
         Trainer(trainer.pipe, changed, read_folder(folder / "data"))
+
+
+def adapters(pipe: Any) -> list[str]:
+    """Layers of adapters in a pipeline's denoiser, and what it says about them."""
+    layers = [n for n, m in pipe.unet.named_modules() if isinstance(m, BaseTunerLayer)]
+    return [*layers, *getattr(pipe.unet, "peft_config", {})]
+
+
+def test_a_wrapper_is_trained_and_loads_what_came_of_it(folder: Path) -> None:
+    pipe = CMLoRAPipeline(bench.pipeline())
+    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    outcome = train(pipe, bench.settings(folder / "out"), read_folder(folder / "data"))
+    assert outcome.losses
+    assert not adapters(pipe)
+    assert all(torch.equal(before[key], value) for key, value in pipe.unet.state_dict().items())
+    pipe.load_lora_weights(outcome.path)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a cat", composition="merge", num_inference_steps=1, seed=1).images
+
+
+def test_a_training_that_fails_leaves_no_adapter(folder: Path) -> None:
+    pipe, examples = bench.pipeline(), read_folder(folder / "data")
+    asked = bench.settings(folder / "out")
+    with pytest.raises(CmloraError, match="beta"):
+        train(pipe, replace(asked, optim_options={"beta": 3}), examples)
+    assert not adapters(pipe)
+    with pytest.raises(ConnectionError):
+        train(pipe, replace(asked, save_every=1), examples, progress=bench.stop_at(1))
+    assert not adapters(pipe)
+    assert len(train(pipe, replace(asked, save_every=1), examples).losses) == asked.steps
+    assert asked.name in adapters(pipe)
