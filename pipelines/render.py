@@ -132,7 +132,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
             for member in members
             for lora in [pipe.loras[member.name]]
         ),
-        order=_turns(wish.order or chosen.order or tuple(loras)),
+        order=wish.order or chosen.order or _turns(tuple(loras)),
         method=wish.method,
         options=recorded(wish.method, options, defaults(METHODS[wish.method].object)),
         schedule=write_schedule(_schedule(wish.schedule, pipe.loras)),
