@@ -100,14 +100,17 @@ class Witness:
         """Size of each LoRA's contribution at every step; 0 where it took no part."""
         return {name: tuple(row.get(name, 0.0) for row in self._sizes) for name in names}
 
-    def maps(self) -> dict[str, Tensor]:
-        """Each LoRA's share of the energy in every place, over all steps."""
+    def maps(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Each LoRA's share of the energy in every place, over all steps; none without places."""
+        if not self._energy:
+            return {}
         total = sum(self._energy.values(), torch.zeros(()))
         nothing = total <= 0
-        return {
+        shares = {
             name: torch.where(nothing, 0.0, energy / torch.where(nothing, 1.0, total))
             for name, energy in self._energy.items()
         }
+        return {name: shares.get(name, torch.zeros_like(total)) for name in names}
 
     def _see(self, names: Sequence[str], outputs: Tensor) -> None:
         """Note sizes and energies from stacked predictions, base first: (1 + N, B, C, H, W)."""
@@ -149,7 +152,7 @@ def contributions(studio: Studio, order: Order, ticket: Ticket) -> Iterator[Even
                 studio, pipe, recipe, ticket, tell, clock, "measuring", strategy=witness
             )
         names = tuple(lora.name for lora in recipe.loras)
-        tell(Result(Contributions(picture, names, witness.sizes(names), witness.maps())))
+        tell(Result(Contributions(picture, names, witness.sizes(names), witness.maps(names))))
 
     return stream(work, ticket)
 
