@@ -193,11 +193,12 @@ def compose(
         composed = relevance.weighed(pipe, label, chosen, prompt, composed)
     relevance.warn_unless_weighed(label, chosen, composed)
     choice: Callable[[int], Choice] | None = None
-    if label == "auto" and composed:
-        known = updates(models.values(), names)
+    counting = [member for member in composed if member.weight != 0]
+    if label == "auto" and counting:
+        known = updates(models.values(), [member.name for member in counting])
         strategy = knowing(known, cached=cache != "none")
         cacheable = _cacheable(pipe, models.values(), names)
-        choice = partial(decide, known, chosen, composed, cacheable=cacheable)
+        choice = partial(decide, known, chosen, counting, cacheable=cacheable)
         guess = choice(_STEPS)
         if cache == "none":
             policy = parse(guess.cache)

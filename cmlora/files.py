@@ -96,7 +96,7 @@ def load(
         further=bool(into),
     )
     skipped = (*sorted(source.layout.leftover), *applied.skipped)
-    return replace(applied, sha256=source.sha256, skipped=skipped)
+    return replace(applied, sha256=source.sha256, skipped=skipped, config=source.config)
 
 
 def convert(

@@ -55,6 +55,8 @@ class Ingredient:
         importance: the measured size of its contribution over the run, (fraction, size) pairs.
         into: the denoisers its file goes into, where it was said; empty where the file decides.
         companions: further files of it, for other denoisers.
+        config: SHA-256 of the ``adapter_config.json`` beside its file that its strength comes from,
+            64 hex digits; empty if there is none.
 
     Raises:
         CmloraError: if a value has the wrong type or is impossible.
@@ -73,11 +75,13 @@ class Ingredient:
     importance: tuple[tuple[float, float], ...] | None = None
     into: tuple[str, ...] = ()
     companions: tuple[Companion, ...] = ()
+    config: str = ""
 
     def __post_init__(self) -> None:
         where = f"LoRA {self.name!r} of the recipe"
         checks.text(where, "name", self.name, empty=False)
         _check_file(where, self.file, self.sha256)
+        _check_hash(where, "config", self.config)
         object.__setattr__(self, "into", _denoisers(where, self.into))
         object.__setattr__(self, "companions", _companions(where, self.companions))
         object.__setattr__(self, "weight", checks.real(where, "weight", self.weight))
@@ -103,9 +107,13 @@ def _check_file(where: str, file: str, sha256: str) -> None:
     checks.text(where, "file", file)
     if "/" in file or "\\" in file:
         raise CmloraError(f"{where}: file is {file!r}, not a name without folders")
-    checks.text(where, "sha256", sha256)
-    if sha256 and (len(sha256) != 64 or set(sha256) - set("0123456789abcdef")):
-        raise CmloraError(f"{where}: sha256 is {sha256!r}, not 64 hex digits")
+    _check_hash(where, "sha256", sha256)
+
+
+def _check_hash(where: str, key: str, value: str) -> None:
+    checks.text(where, key, value)
+    if value and (len(value) != 64 or set(value) - set("0123456789abcdef")):
+        raise CmloraError(f"{where}: {key} is {value!r}, not 64 hex digits")
 
 
 def _denoisers(where: str, value: object) -> tuple[str, ...]:

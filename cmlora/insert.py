@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +35,8 @@ class Applied:
         sha256: of the file; empty for a LoRA that did not come from one.
         category: what it draws, if the file says so.
         skipped: keys and modules that were left out under ``strict=False``.
+        config: SHA-256 of the ``adapter_config.json`` beside the file that its strengths come from;
+            empty if there is none.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Applied:
     sha256: str = ""
     category: str | None = None
     skipped: tuple[str, ...] = ()
+    config: str = ""
 
 
 def insert(
@@ -136,14 +139,23 @@ def insert(
     )
 
 
-def remove(pipe: Any) -> None:
-    """Takes all LoRAs out of a pipeline, also where diffusers has no loader that would do it."""
+def remove(pipe: Any, names: Sequence[str] | None = None) -> None:
+    """Takes LoRAs out of a pipeline, also where diffusers has no loader that would do it.
+
+    Args:
+        pipe: the pipeline.
+        names: which; ``None`` is all.
+    """
     from diffusers.loaders.peft import PeftAdapterMixin
 
     for component in MODELS:
         model = rest.plain(getattr(pipe, component, None))
-        if hasattr(model, "peft_config"):
+        held = getattr(model, "peft_config", {})
+        going = [name for name in held if names is None or name in names]
+        if going and len(going) == len(held):
             PeftAdapterMixin.unload_lora(model)
+        elif going:
+            PeftAdapterMixin.delete_adapters(model, going)
 
 
 def _check_name(pipe: Any, name: str, components: set[str]) -> None:

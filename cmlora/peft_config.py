@@ -5,6 +5,7 @@ Diffusers has them in the header of the file, PEFT itself in a file of its own b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmlora.errors import CmloraError
 from cmlora.lora import Update
@@ -102,22 +103,33 @@ def of_folder(path: str | os.PathLike[str], keys: Iterable[str]) -> bool:
     return Path(path).name == _ADAPTER or any(key.startswith(_PREFIX) for key in keys)
 
 
-def beside(path: str | os.PathLike[str], ranks: Iterable[int]) -> tuple[dict[str, Any], str]:
+class Beside(NamedTuple):
+    """What a file of PEFT's has beside it.
+
+    Args:
+        settings: the configuration; empty if there is none.
+        sha256: of its file, 64 hex digits; empty if there is none.
+        reason: why there is none; empty if there is one.
+    """
+
+    settings: dict[str, Any] = {}
+    sha256: str = ""
+    reason: str = ""
+
+
+def beside(path: str | os.PathLike[str], ranks: Iterable[int]) -> Beside:
     """The configuration of a file from `BESIDE`, or why there is none.
 
     Args:
         path: of the file with the tensors.
         ranks: of the file's LoRAs, which tell whether the configuration is that of another file.
 
-    Returns:
-        The configuration, and an empty text; or an empty one, and the reason.
-
     Raises:
         CmloraError: if what is there cannot be read or is no configuration.
     """
     place = Path(path).parent / BESIDE
     if not place.is_file():
-        return {}, f"there is no {BESIDE} beside it"
+        return Beside(reason=f"there is no {BESIDE} beside it")
     try:
         with place.open("rb") as file:
             data = file.read(_LIMIT + 1)
@@ -133,8 +145,10 @@ def beside(path: str | os.PathLike[str], ranks: Iterable[int]) -> tuple[dict[str
     stated = [settings.get("r") or 8, *(settings.get("rank_pattern") or {}).values()]
     others = sorted(set(ranks) - {float(each) for each in stated})
     if others and str(settings.get("peft_type", "LORA")).upper() == "LORA":
-        return {}, f"{place} is of another LoRA, of rank {stated[0]} and not {others[0]}"
-    return settings, ""
+        return Beside(
+            reason=f"{place} is of another LoRA, of rank {stated[0]} and not {others[0]}"
+        )
+    return Beside(settings, hashlib.sha256(data).hexdigest())
 
 
 def module_of(key: str) -> str:

@@ -37,7 +37,14 @@ _ADDED: Mapping[str, Any] = MappingProxyType(
     {"schedule": "", "uncond": "per_lora", "execution": "sequential", "threads": 0, "order": ()}
 )
 _ADDED_TO_LORA: Mapping[str, Any] = MappingProxyType(
-    {"scope": None, "relevance": None, "importance": None, "into": (), "companions": ()}
+    {
+        "scope": None,
+        "relevance": None,
+        "importance": None,
+        "into": (),
+        "companions": (),
+        "config": "",
+    }
 )
 """Fields younger than the format, with their defaults."""
 _DTYPES = ("float32", "float16", "bfloat16")

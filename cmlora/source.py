@@ -43,6 +43,8 @@ class Source:
         sha256: of the file; empty if its tensors were not read.
         alphas: the stored alphas by layer.
         dtypes: the precision of each layer's first tensor.
+        config: SHA-256 of the ``adapter_config.json`` beside it that its strengths come from; empty
+            if there is none.
     """
 
     path: PathLike
@@ -55,6 +57,7 @@ class Source:
     sha256: str
     alphas: Mapping[str, float]
     dtypes: Mapping[str, str]
+    config: str = ""
 
     def plain(self) -> tuple[LoRA, dict[str, str]]:
         """The file without a model: whole matrices are updates, and what needs a model is left."""
@@ -113,7 +116,7 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
     layout = keys.layout(
         header.shapes, layers if isinstance(layers, int) else 2, header.shapes, names
     )
-    configs, folder = _configs(path, header, layout)
+    configs, folder, configured = _configs(path, header, layout)
     exact = _json(header.metadata, "cmlora.scales", dict, path) or {}
     # A whole checkpoint of gigabytes is not read only to be refused.
     tensors, digest = container.content(path) if layout.modules else ({}, "")
@@ -168,27 +171,42 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
     found = family.of_lora(lora, layout.table, widths)
     remainder = Remainder(tuple(changes), tuple(firsts), found)
     return Source(
-        path, header, layout, lora, whole, frozenset(known), remainder, digest, alphas, dtypes
+        *(path, header, layout, lora, whole, frozenset(known), remainder, digest, alphas, dtypes),
+        configured,
     )
+
+
+def config_of(path: PathLike) -> str:
+    """SHA-256 of the configuration beside a file that decides its strengths; empty if none does.
+
+    Only headers are read.
+
+    Raises:
+        CmloraError: if the file or its configuration is damaged.
+    """
+    header = container.header(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _configs(path, header, keys.layout(header.shapes, 2, header.shapes, []))[2]
 
 
 def _configs(
     path: PathLike, header: container.Header, layout: keys.Layout
-) -> tuple[Mapping[str, Mapping[str, Any]], bool]:
-    """What is stated of the strengths, by component, and whether it is so in PEFT's own folder."""
+) -> tuple[Mapping[str, Mapping[str, Any]], bool, str]:
+    """What is stated of the strengths, by component, whether in PEFT's own folder, and its hash."""
     stated = header.metadata.get("lora_adapter_metadata")
     complete = all("alpha" in roles for roles in layout.modules.values())
     if stated is not None or complete or not peft_config.of_folder(path, header.shapes):
-        return peft_config.scales(stated, str(path)), False
+        return peft_config.scales(stated, str(path)), False, ""
     downs = [header.shapes[roles["down"]] for roles in layout.modules.values() if "down" in roles]
-    settings, reason = peft_config.beside(path, [shape[0] for shape in downs if shape])
+    settings, digest, reason = peft_config.beside(path, [shape[0] for shape in downs if shape])
     if reason:
         warnings.warn(
             f"{path}: its strength is not known and taken as 1: {reason}; put the "
             f"{peft_config.BESIDE} that it came with beside it",
             stacklevel=4,
         )
-    return {"": settings}, True
+    return {"": settings}, True, digest
 
 
 def _parts(

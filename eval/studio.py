@@ -25,6 +25,7 @@ from cmlora.pipelines.models import resolve
 from cmlora.pipelines.render import Rendered, Wish, pass_cost, render, write_recipe
 from cmlora.plan import Member
 from cmlora.recipe import Ingredient, Recipe
+from cmlora.source import config_of
 
 ROOM = 32
 """How many LoRAs stay loaded unless told otherwise."""
@@ -32,11 +33,12 @@ ROOM = 32
 
 @dataclass(frozen=True)
 class Weights:
-    """A LoRA's file, before it is loaded."""
+    """A LoRA's file, before it is loaded, and what beside it decides its strength."""
 
     path: Path
     sha256: str
     profile: Profile | None
+    config: str = ""
 
 
 class Studio:
@@ -149,6 +151,7 @@ class Studio:
                     category=concept.category,
                     frequency=None if file.profile is None else _finite(file.profile.frequency),
                     window=None if file.profile is None else file.profile.window,
+                    config=file.config,
                 )
             )
         return tuple(found)
@@ -203,7 +206,7 @@ class Studio:
 
     def _weights(self, path: Path) -> Weights:
         profile = read_card(path, base_id(self.pipe.pipe)) if card_path(path).exists() else None
-        return Weights(path, sha256(path), profile)
+        return Weights(path, sha256(path), profile, config_of(path))
 
     def _load(self, id_: str) -> None:
         concept, name = self.manifest.by_id[id_], self.adapters[id_]

@@ -187,6 +187,7 @@ def _settings(studio: Studio, options: Mapping[str, Any], cost: PassCost | None)
     for concept in studio.manifest.loras:
         file = studio.files[concept.id]
         row: dict[str, Any] = {"id": concept.id, "sha256": file.sha256}
+        row |= {"config": file.config} if file.config else {}
         if file.profile is not None and math.isfinite(file.profile.frequency):
             curves = ("fractions", "ratio", "norm")
             row |= {"frequency": file.profile.frequency, "window": file.profile.window}

@@ -102,9 +102,8 @@ class CMLoRAPipeline:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take some LoRAs out; their names are free again."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.ensemble.check(names)
-        self.pipe.delete_adapters(names)
+        names = self.ensemble.named(adapter_names)
+        getattr(self.pipe, "delete_adapters", partial(remove, self.pipe))(names)
         self.ensemble.forget(names)
 
     def __call__(self, prompt: Any = None, *args: Any, **kwargs: Any) -> Any:

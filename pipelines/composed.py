@@ -33,8 +33,7 @@ class Composed:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Take some LoRAs out; their names are free again."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.ensemble.check(names)
+        names = self.ensemble.named(adapter_names)
         super().delete_adapters(names)  # type: ignore[misc]
         self.ensemble.forget(names)
 

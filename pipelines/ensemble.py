@@ -61,7 +61,8 @@ class Loaded:
         """What it is, wherever its files are: their hashes, and what was said of their places."""
         said = "+".join(self.into)
         more = (f"{'+'.join(x.into)}:{x.applied.sha256}:{x.weight}" for x in self.further)
-        return (self.applied.sha256, *([said] if said else []), *more)
+        config = [f"config:{self.applied.config}"] if self.applied.config else []
+        return (self.applied.sha256, *config, *([said] if said else []), *more)
 
 
 class Ensemble:
@@ -189,6 +190,16 @@ class Ensemble:
                 known = ", ".join(self.loras) or "none"
                 raise CmloraError(f"no LoRA {name!r} is loaded; loaded: {known}")
 
+    def named(self, names: str | Iterable[str]) -> list[str]:
+        """Loaded LoRAs by one name or several, each once.
+
+        Raises:
+            CmloraError: if one is not loaded.
+        """
+        found = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        self.check(found)
+        return found
+
     def forget(self, names: Iterable[str]) -> None:
         """LoRAs that were taken out of the pipeline."""
         for name in names:
@@ -274,7 +285,8 @@ class Ensemble:
         """
         weights = self.weights(lora_weights)
         if lora_scale is not None:
-            text_weights = {**weights, **(text_weights or {})}
+            spoken = weights if members is None else {m.name: m.weight for m in members}
+            text_weights = {**spoken, **(text_weights or {})}
             weights = {name: weight * lora_scale for name, weight in weights.items()}
             if members is not None:
                 members = [replace(m, weight=m.weight * lora_scale) for m in members]

@@ -124,6 +124,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
                 relevance=member.relevance,
                 importance=member.importance,
                 into=lora.into,
+                config=lora.applied.config,
                 companions=tuple(
                     Companion(each.path.name, each.applied.sha256, each.into, each.weight)
                     for each in lora.further
@@ -171,10 +172,13 @@ def settled(pipe: CMLoRAPipeline, wish: Wish) -> tuple[Wish, Choice]:
     if wish.method != "auto":
         return wish, Choice(wish.method)
     options = check_options("auto", wish.options or {})
-    members = pipe.ensemble.members(pipe.ensemble.weights())
+    everyone = pipe.ensemble.members(pipe.ensemble.weights())
+    members = [member for member in everyone if member.weight != 0] or everyone
     known = updates(denoisers.find(pipe.pipe).values(), [member.name for member in members])
     cacheable = default_cache("cmlora", pipe.pipe, pipe.ensemble.weights()) != "none"
     chosen = decide(known, options, members, wish.steps, cacheable=cacheable)
+    silent = [member.name for member in everyone if member.name not in chosen.order]
+    chosen = replace(chosen, order=(*chosen.order, *silent))
     settled_wish = replace(
         wish,
         method=chosen.method,
@@ -233,6 +237,8 @@ def render(
         CmloraError: if the engine or the scheduler refuses it, or the memory is not enough.
     """
     weights = {lora.name: lora.weight for lora in recipe.loras}
+    for lora in recipe.loras:
+        _check_config(lora, pipe)
     known = {member.name: member for member in pipe.ensemble.members(weights)}
     members = [
         replace(
@@ -275,6 +281,20 @@ def render(
             output_type="pil",
         )
     return Rendered(_first(output), recipe, output.report)
+
+
+def _check_config(lora: Ingredient, pipe: CMLoRAPipeline) -> None:
+    """See that a LoRA's strength comes from the same configuration as in its recipe."""
+    loaded = pipe.loras.get(lora.name)
+    if loaded is None or loaded.applied.config == lora.config:
+        return
+    theirs = f"sha256 {lora.config[:12]}" if lora.config else "none"
+    ours = f"sha256 {loaded.applied.config[:12]}" if loaded.applied.config else "none"
+    raise CmloraError(
+        f"LoRA {lora.file or lora.name}: its strength comes from the adapter_config.json beside "
+        f"it, and that is not the recipe's (there {theirs}, here {ours}); put the one that it came "
+        "with beside it"
+    )
 
 
 def pass_cost(pipe: CMLoRAPipeline, recipe: Recipe) -> PassCost | None:

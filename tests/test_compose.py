@@ -135,6 +135,17 @@ def test_a_strength_of_zero_is_no_part(sd15: Any, method: str) -> None:
     assert three.report.full == two.report.full
 
 
+def test_auto_counts_what_takes_part(sd15: Any) -> None:
+    weights = {"ink": 1.0, "alice": 0.0}
+    with compose(sd15, weights, method="auto", plain=False, budget=3.0) as composition:
+        tiny.run(sd15, steps=2)
+        assert composition.reason.startswith("merge: a single LoRA")
+    assert composition.report.full == {"ink": 2}
+    with compose(sd15, dict.fromkeys(weights, 0.0), method="auto") as composition:
+        tiny.run(sd15, steps=2)
+    assert (composition.report.full, composition.reason) == ({"base": 2}, "")
+
+
 @pytest.mark.parametrize("text_encoder", ["all", "none", "per_lora"])
 def test_a_lora_of_the_text_encoder_has_a_pass_for_its_own_embeddings(text_encoder: Any) -> None:
     pipe = tiny.sd15()

@@ -281,16 +281,23 @@ def _tracks(placed: list[tuple[Tag, _Window | None]], text: str) -> tuple[Track,
     groups: dict[tuple[str, str | None], list[tuple[Tag, _Window | None]]] = {}
     for tag, window in placed:
         groups.setdefault((tag.track.lora, tag.track.blocks), []).append((tag, window))
-    return tuple(_joined(group, text) for group in groups.values())
+    tracks = [_joined(group, text) for group in groups.values()]
+    heard = {tag.track.lora for tag, place in placed if _on(place)}
+    return tuple(track if track.lora in heard else replace(track, text=0.0) for track in tracks)
+
+
+def _on(window: _Window | None) -> bool:
+    """Whether what is in a bracket is ever on."""
+    return window is None or window[0] < window[1]
 
 
 def _joined(group: list[tuple[Tag, _Window | None]], text: str) -> Track:
     for tag, window in group:
         if window is not None and not tag.track.curve.constant:
             raise ScheduleError(tag.start, "a curve inside of a bracket that switches it", text)
-    on = [(tag, window) for tag, window in group if window is None or window[0] < window[1]]
+    on = [(tag, window) for tag, window in group if _on(window)]
     if not on:
-        return replace(group[0][0].track, curve=constant(0.0))
+        return replace(group[0][0].track, curve=constant(0.0), text=None)
     first, window = on[0]
     if len(on) == 1 and window is None:
         return first.track

@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from cmlora.errors import CmloraError
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
 from cmlora.pipelines.ensemble import default_cache
 from tests import families
@@ -63,5 +64,10 @@ def test_files_are_loaded_and_composed(name: str, tmp_path: Path) -> None:
     assert default_cache("cmlora", fresh.pipe, []) == "nonuniform"
     assert pipe.report is not None
     assert pipe.report.light
+    pipe.delete_adapters("ink")
+    with pytest.raises(CmloraError, match="no LoRA 'ink' is loaded"):
+        draw(lora_weights={"ink": 1.5}, **single)
+    pipe.load_lora_weights(files[0], weight=1.5)
+    torch.testing.assert_close(draw(lora_weights={"ink": 1.5}, **single), result)
     pipe.unload_lora_weights()
     assert torch.equal(fresh.run(), base)

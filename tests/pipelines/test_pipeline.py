@@ -10,6 +10,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
 from cmlora.errors import CmloraError
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
+from cmlora.plan import Member
 from cmlora.recipe import image_seed
 from tests import tiny
 
@@ -181,7 +182,7 @@ def test_some_loras_are_taken_out(loaded: CMLoRAPipeline, lora_folder: Path) -> 
     with pytest.raises(CmloraError, match="no LoRA 'dog' is loaded; loaded: cat, hat, ink"):
         loaded.delete_adapters(["hat", "dog"])
     assert list(loaded.loras) == ["cat", "hat", "ink"]
-    loaded.delete_adapters("hat")
+    loaded.delete_adapters(["hat", "hat"])
     assert list(loaded.loras) == ["cat", "ink"]
     np.testing.assert_array_equal(loaded("a cat", seed=1, **CALL).images, rest)
     loaded.load_lora_weights(lora_folder / "hat.safetensors")
@@ -210,3 +211,12 @@ def test_the_scale_of_a_call_is_that_of_the_denoiser(loaded: CMLoRAPipeline) -> 
         "a cat", composition="gate", seed=1, lora_weights=half, text_encoder="none", **CALL
     ).images
     np.testing.assert_allclose(quiet, silent, atol=1e-6)
+
+
+def test_the_scale_of_a_call_leaves_the_strengths_of_members_alone(loaded: CMLoRAPipeline) -> None:
+    weights = {"cat": 1.0, "hat": 1.0}
+    members = [Member("cat", 0.3), Member("hat", 0.6)]
+    said: dict[str, Any] = {"composition": "merge", "lora_weights": weights, "members": members}
+    plain = loaded("a cat", seed=1, **said, **CALL).images
+    once = loaded("a cat", seed=1, lora_scale=1.0, **said, **CALL).images
+    np.testing.assert_array_equal(plain, once)

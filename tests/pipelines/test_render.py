@@ -1,16 +1,20 @@
 """Recipes: complete, carried out exactly, and refused where something has changed."""
 
 import dataclasses
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from peft import LoraConfig, get_peft_model
 
 from cmlora.errors import CmloraError
 from cmlora.frequency.card import Profile, write_card
 from cmlora.frequency.profile import base_id
+from cmlora.peft_config import BESIDE
 from cmlora.pipelines.native import native_execution, native_threads
 from cmlora.pipelines.render import (
     Wish,
@@ -22,7 +26,7 @@ from cmlora.pipelines.render import (
     write_recipe,
 )
 from cmlora.recipe import Recipe
-from tests import disk
+from tests import disk, tiny
 
 WISH = Wish("a cat", steps=4, seed=3)
 
@@ -192,3 +196,40 @@ def test_small_models_leave_a_thread_to_others(
         assert native_threads(pipe) == 1
     monkeypatch.setattr("cmlora.pipelines.native._SMALL", 1000)
     assert native_threads(pipe) == 0
+
+
+def test_a_strength_from_beside_the_file_is_part_of_the_recipe(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    adapted = get_peft_model(
+        tiny.sd15().unet, LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"])
+    )
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    adapted.save_pretrained(str(tmp_path / "first"))
+    file = tmp_path / "first" / "adapter_model.safetensors"
+    pipe = assemble(model_folder, [(file, 1.0)])
+    made = render(pipe, write_recipe(pipe, WISH))
+    (lora,) = made.recipe.loras
+    assert lora.config == hashlib.sha256((file.parent / BESIDE).read_bytes()).hexdigest()
+    again = Recipe.from_json(made.recipe.to_json())
+    assert render(restore(again, folder=file.parent), again).image.tobytes() == made.image.tobytes()
+
+    other = Path(shutil.copytree(file.parent, tmp_path / "other"))
+    settings = json.loads((other / BESIDE).read_text())
+    (other / BESIDE).write_text(json.dumps({**settings, "lora_alpha": 1}))
+    with pytest.raises(
+        CmloraError, match=f"its strength comes from .*there sha256 {lora.config[:12]}"
+    ):
+        render(restore(again, folder=other), again)
+    (other / BESIDE).unlink()
+    with pytest.warns(UserWarning, match="its strength is not known"):
+        moved = restore(again, folder=other)
+    with pytest.raises(CmloraError, match="here none"):
+        render(moved, again)
+    before = dataclasses.replace(again, loras=(dataclasses.replace(lora, config=""),))
+    with pytest.raises(CmloraError, match="there none"):
+        render(pipe, before)
+    assert render(moved, before).recipe == before

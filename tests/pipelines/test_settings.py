@@ -114,6 +114,14 @@ def test_auto_is_settled_before_the_recipe_is_written(
     assert settled(pipe, WISH) == (WISH, Choice(WISH.method))
 
 
+def test_auto_counts_the_loras_that_take_part(model_folder: Path, lora_folder: Path) -> None:
+    pipe = assemble(model_folder, [("cat", 1.0), ("hat", 0.0), ("ink", 0.0)], folder=lora_folder)
+    found, chosen = settled(pipe, wish(method="auto", steps=4))
+    assert (found.method, chosen.order) == ("merge", ("cat", "hat", "ink"))
+    made = render(pipe, write_recipe(pipe, wish(method="auto", steps=4)))
+    assert made.report.full == {"cat": 4}
+
+
 def test_the_turns_are_the_ones_that_were_chosen(model_folder: Path, lora_folder: Path) -> None:
     pipe = loaded(model_folder, lora_folder)
     asked = wish(method="auto", options={"budget": "1", "plain": "false"}, steps=12)

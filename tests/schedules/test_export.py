@@ -104,7 +104,7 @@ def test_loractl_is_told_steps_and_jumps(text: str, expected: str) -> None:
     [
         ("<lora:a:te=1:unet=0>", "<lora:a:0:1>"),
         ("<lora:a:0>", "<lora:a:0>"),
-        ("[<lora:a:1>::0]", "<lora:a:0:1>"),
+        ("[<lora:a:1>::0]", "<lora:a:0>"),
         ("[<lora:a:1>:0.25,0.5]", "[:[<lora:a:1>::0.5]:0.25]"),
         ("<lora:a:te=0:unet=1@0,0@0.5:ease=hold>", "[<lora:a:1:0>::0.5]"),
         ("<lora:a:te=1:unet=0.5@0,0@0.5:ease=hold>", "[<lora:a:0.5:1>:<lora:a:0:1>:0.5]"),

@@ -137,3 +137,10 @@ def test_an_expression_is_looked_for_before_anything_runs(pipe: Any) -> None:
     with pytest.raises(CmloraError, match=r"no layer matches 'attn7'; it acts in .*down_blocks.0"):
         compose(pipe, WEIGHTS, method="klora", schedule="<lora:a:0:blocks=attn7>")
     assert torch.equal(picture(pipe, ""), picture(pipe, ""))
+
+
+def test_never_on_is_off_in_the_text_encoder_too(pipe: Any) -> None:
+    never = picture(pipe, "[<lora:a:1>::0]", text_encoder="all")
+    assert torch.equal(never, picture(pipe, "<lora:a:0>", text_encoder="all"))
+    with compose(pipe, {"b": WEIGHTS["b"]}, method="merge", text_encoder="all"):
+        torch.testing.assert_close(never, tiny.run(pipe, steps=STEPS), rtol=1e-4, atol=1e-5)
