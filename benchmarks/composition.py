@@ -193,7 +193,7 @@ def document(
     Args:
         study: the run.
         summary: its numbers.
-        named: the title, the name of the files, and whether times are left out.
+        named: the title, the name of the files, and where times come from, if they are shown.
         baseline: method that tables compare with.
         focus: method that the text is about.
         plots: names of their files.

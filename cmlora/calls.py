@@ -111,10 +111,10 @@ def own(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v.copy() if isinstance(v, list | dict) else v for n, v in kwargs.items()}
 
 
-def parted(kwargs: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+def without_scale(kwargs: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
     """The scale of all LoRAs that a call asks for, and its arguments without it.
 
-    >>> parted({"t": 1, "joint_attention_kwargs": {"scale": 0.5}})
+    >>> without_scale({"t": 1, "joint_attention_kwargs": {"scale": 0.5}})
     (0.5, {'t': 1, 'joint_attention_kwargs': {}})
     """
     scale, rest = 1.0, dict(kwargs)

@@ -17,7 +17,7 @@ from cmlora import guided, halves, outputs
 from cmlora.batching import Execution, Gauge, MixedBatch, Unbatchable, split
 from cmlora.caching.contexts import Contexts
 from cmlora.caching.store import FeatureCache
-from cmlora.calls import Call, Signature, Slot, own, parted, slots_of, whole
+from cmlora.calls import Call, Signature, Slot, own, slots_of, whole, without_scale
 from cmlora.denoisers import STEERING, Kind, kind
 from cmlora.errors import CmloraError
 from cmlora.guided import Side
@@ -172,7 +172,7 @@ class CompositionHook(ModelHook):  # type: ignore[misc]
         plan = self._run.plan(tick, latent, guidance, self._absent)
         if self._execution == "fused" or any(single.gate for single in plan.passes):
             # what stands in for the layers does not read their scale, which this argument changes
-            scale, kwargs = parted(kwargs)
+            scale, kwargs = without_scale(kwargs)
             plan = plan.times(scale)
         call = Call(args, kwargs, tick, context, sample, guidance)
         if self._shared and guidance.side is None and any(p.branch != "both" for p in plan.passes):

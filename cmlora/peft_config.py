@@ -112,9 +112,9 @@ class Beside(NamedTuple):
         reason: why there is none; empty if there is one.
     """
 
-    settings: dict[str, Any] = {}
-    sha256: str = ""
-    reason: str = ""
+    settings: dict[str, Any]
+    sha256: str
+    reason: str
 
 
 def beside(path: str | os.PathLike[str], ranks: Iterable[int]) -> Beside:
@@ -129,7 +129,7 @@ def beside(path: str | os.PathLike[str], ranks: Iterable[int]) -> Beside:
     """
     place = Path(path).parent / BESIDE
     if not place.is_file():
-        return Beside(reason=f"there is no {BESIDE} beside it")
+        return Beside({}, "", f"there is no {BESIDE} beside it")
     try:
         with place.open("rb") as file:
             data = file.read(_LIMIT + 1)
@@ -145,10 +145,9 @@ def beside(path: str | os.PathLike[str], ranks: Iterable[int]) -> Beside:
     stated = [settings.get("r") or 8, *(settings.get("rank_pattern") or {}).values()]
     others = sorted(set(ranks) - {float(each) for each in stated})
     if others and str(settings.get("peft_type", "LORA")).upper() == "LORA":
-        return Beside(
-            reason=f"{place} is of another LoRA, of rank {stated[0]} and not {others[0]}"
-        )
-    return Beside(settings, hashlib.sha256(data).hexdigest())
+        reason = f"{place} is of another LoRA, of rank {stated[0]} and not {others[0]}"
+        return Beside({}, "", reason)
+    return Beside(settings, hashlib.sha256(data).hexdigest(), "")
 
 
 def module_of(key: str) -> str:
@@ -192,6 +191,30 @@ def _of_module(settings: Mapping[str, Any], table: str, names: Iterable[str], us
         if any(matches(pattern, name) for name in names):
             return found
     return usual
+
+
+def settled(patterns: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    r"""A table of patterns as one of modules, each by its whole name, with nothing to look for.
+
+    Args:
+        patterns: a ``rank_pattern`` or ``alpha_pattern``; the first that means a module counts.
+        modules: names of the modules that there are.
+
+    Raises:
+        CmloraError: for a pattern that is not read, see `matches`.
+
+    >>> settled({"attn2.*": 3, "to_q": 5}, ["attn1.to_q", "attn2.to_q"])
+    {'^attn1\\.to_q$': 5, '^attn2\\.to_q$': 3}
+    """
+    for pattern in patterns:
+        if not _SIMPLE.fullmatch(pattern):
+            raise CmloraError(f"{pattern!r} is a regular expression that is not read")
+    found = {}
+    for module in sorted(modules):
+        values = [value for pattern, value in patterns.items() if matches(pattern, module)]
+        if values:
+            found["^" + module.replace(".", r"\.") + "$"] = values[0]
+    return found
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -26,7 +26,8 @@ from cmlora.pipelines.models import fingerprint
 from cmlora.plan import Member, Policy, Role, Scope, Strategy
 from cmlora.recipe import image_seed
 from cmlora.relevance import weighs
-from cmlora.schedules.schedule import Schedule
+from cmlora.schedules.parse import parse_schedule
+from cmlora.schedules.schedule import Schedule, Track
 
 TURNS = ("character", "clothing", "style", "background", "object")
 """The order of the LoRAs of a picture, and so of their turns in `switch`; unknown ones follow."""
@@ -228,6 +229,25 @@ class Ensemble:
             found.append(member)
         return tuple(found)
 
+    def schedule(self, said: str | Schedule) -> Schedule:
+        """A schedule by the names that LoRAs have here; it may name their files instead.
+
+        Args:
+            said: as text, see `cmlora.schedules.parse`, or as an object.
+
+        Raises:
+            CmloraError: if the text cannot be read.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name, lora in self.loras.items():
+            by_file.setdefault(lora.path.stem, []).append(name)
+        tracks: list[Track] = []
+        for track in (parse_schedule(said) if isinstance(said, str) else said).tracks:
+            known = [track.lora]
+            named = known if track.lora in self.loras else by_file.get(track.lora, known)
+            tracks += [replace(track, lora=name) for name in named]
+        return Schedule(tuple(tracks))
+
     def run(
         self,
         call: Callable[..., Any],
@@ -305,7 +325,7 @@ class Ensemble:
             text_weights=text_weights,
             execution=execution,
             count_macs=count_macs,
-            schedule=schedule,
+            schedule=self.schedule(schedule),
             uncond=uncond,
             prompt=_one(prompt, composition, composition_options or {}),
             **composition_options or {},

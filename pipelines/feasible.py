@@ -5,10 +5,8 @@ from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
 
-import torch
-
 from cmlora import checks
-from cmlora.errors import CmloraError
+from cmlora.errors import CmloraError, is_memory
 from cmlora.pipelines.native import unit
 from cmlora.recipe import Recipe
 
@@ -77,7 +75,7 @@ def carrying_out(recipe: Recipe) -> Iterator[None]:
     except CmloraError:
         raise
     except Exception as failure:
-        if _is_memory(failure):
+        if is_memory(failure):
             raise CmloraError(_smaller(recipe)) from failure
         if _is_schedulers(failure):
             raise CmloraError(
@@ -85,12 +83,6 @@ def carrying_out(recipe: Recipe) -> Iterator[None]:
                 f"configuration ({_reason(failure)}); change the steps or the scheduler"
             ) from failure
         raise
-
-
-def _is_memory(failure: Exception) -> bool:
-    # the processor's allocator has no class of its own
-    known = isinstance(failure, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(failure, RuntimeError) and "DefaultCPUAllocator" in str(failure))
 
 
 def _is_schedulers(failure: Exception) -> bool:

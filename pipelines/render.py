@@ -19,13 +19,13 @@ from cmlora.errors import CmloraError
 from cmlora.pipelines.assembly import assemble as assemble
 from cmlora.pipelines.assembly import restore as restore
 from cmlora.pipelines.cmlora_pipeline import CMLoRAPipeline
-from cmlora.pipelines.ensemble import Loaded, default_cache
+from cmlora.pipelines.ensemble import default_cache
 from cmlora.pipelines.feasible import carrying_out, check_size
 from cmlora.pipelines.native import native_guidance, native_size
 from cmlora.plan import Member, Strategy
 from cmlora.recipe import Companion, Ingredient, Recipe, current_versions
 from cmlora.relevance import weighed
-from cmlora.schedules.parse import parse_schedule, write_schedule
+from cmlora.schedules.parse import write_schedule
 from cmlora.schedules.schedule import Schedule
 from cmlora.strategies import METHODS, check_options
 from cmlora.strategies.auto import Choice, decide
@@ -136,7 +136,7 @@ def write_recipe(pipe: CMLoRAPipeline, wish: Wish) -> Recipe:
         order=wish.order or chosen.order or _turns(tuple(loras)),
         method=wish.method,
         options=recorded(wish.method, options, defaults(METHODS[wish.method].object)),
-        schedule=write_schedule(_schedule(wish.schedule, pipe.loras)),
+        schedule=write_schedule(_checked_schedule(pipe, wish.schedule)),
         uncond=wish.uncond,
         execution=wish.execution,
         threads=wish.threads,
@@ -194,21 +194,10 @@ def _turns(order: tuple[str, ...]) -> tuple[str, ...]:
     return () if list(order) == sorted(order) else order
 
 
-def _schedule(text: str, loras: Mapping[str, Loaded]) -> Schedule:
-    """A schedule by the names that LoRAs have in the pipeline; it may name their files instead.
-
-    Raises:
-        CmloraError: if it names another LoRA.
-    """
-    by_file: dict[str, list[str]] = {}
-    for name, lora in loras.items():
-        by_file.setdefault(lora.path.stem, []).append(name)
-    tracks = []
-    for track in parse_schedule(text).tracks:
-        named = [track.lora] if track.lora in loras else by_file.get(track.lora, [track.lora])
-        tracks += [replace(track, lora=name) for name in named]
-    schedule = Schedule(tuple(tracks))
-    schedule.check(list(loras))
+def _checked_schedule(pipe: CMLoRAPipeline, text: str) -> Schedule:
+    """A schedule that names no other LoRAs than those that are composed."""
+    schedule = pipe.ensemble.schedule(text)
+    schedule.check(list(pipe.loras))
     return schedule
 
 

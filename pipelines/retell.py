@@ -20,6 +20,7 @@ _HEARD = frozenset((*_CARRIED, *_OUTSIDE, *_OTHERS))
 _MARKED = re.compile(r"(?<!\\)[(\[][^()\[\]]*(?<!\\)[)\]]|\bBREAK\b|\bAND\b|<\w+:[^<>]*>")
 """Weights, turns and tags of web UIs' prompts, which are no words."""
 _SHOWN = 60  # characters of a stranger's text
+_MARKS = 5
 
 
 def retell(
@@ -96,7 +97,9 @@ def _unheard(told: Infotext) -> list[str]:
         if key not in _HEARD and (key, value) != ("Clip skip", "1"):
             found.append(f"{key} {value[:_SHOWN]} is left out")
     for what, text in (("prompt", told.prompt), ("negative prompt", told.negative_prompt)):
-        match = _MARKED.search(text)
-        if match:
-            found.append(f"{match[0][:_SHOWN]!r} in the {what} is read as plain words")
+        marks = dict.fromkeys(match[0][:_SHOWN] for match in _MARKED.finditer(text))
+        for mark in list(marks)[:_MARKS]:
+            found.append(f"{mark!r} in the {what} is read as plain words")
+        if len(marks) > _MARKS:
+            found.append(f"so are {len(marks) - _MARKS} more in the {what}")
     return found

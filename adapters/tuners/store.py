@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +17,13 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cmlora import container
+from cmlora import container, peft_config
 from cmlora.adapters.tuners.tensors import generator
 from cmlora.errors import CmloraError
 from cmlora.lora import DENOISERS, TEXT_ENCODERS
 
 PathLike = str | os.PathLike[str]
 
-_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+")
 _SETTINGS, _RANDOM = "lora_adapter_metadata", "cmlora.random"
 
 
@@ -185,9 +183,12 @@ def _insert(
     # Patterns of a stranger's file could run for hours; the tensors name the layers anyway.
     config.target_modules, config.exclude_modules = set(modules), None
     for option in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, option, None) or {}:
-            if not _PLAIN.fullmatch(pattern):
-                raise CmloraError(f"{where}: {option} holds {pattern!r}, which is no name")
+        patterns = getattr(config, option, None)
+        if patterns:
+            try:
+                setattr(config, option, peft_config.settled(patterns, modules))
+            except CmloraError as error:
+                raise CmloraError(f"{where}: {option}: {error}; one could run for hours") from None
     absent = sorted(modules - {key for key, _ in model.named_modules()})
     if absent:
         raise CmloraError(f"{where} is for layers that are not in the model: {absent[0]}, ...")

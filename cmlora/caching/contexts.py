@@ -17,7 +17,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import CacheContext, StateManager
 
 from cmlora import hooks
-from cmlora.errors import CmloraError
+from cmlora.errors import CmloraError, is_memory
 from cmlora.plan import Strength, alike
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Contexts:
         except CmloraError:
             raise
         except Exception as failure:
-            cache = _failed(failure)
+            cache = None if is_memory(failure) else _failed(failure)
             if cache is None:
                 raise
             raise CmloraError(

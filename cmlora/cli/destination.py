@@ -32,5 +32,6 @@ def check_destination(path: Path, source: Path | None = None) -> None:
             pass
     except OSError as error:
         raise CmloraError(
-            f"--out {path}: nothing can be written there ({error.strerror}); name another place"
+            f"--out {path}: nothing can be written there ({error.strerror}); choose another place "
+            "or a shorter name"
         ) from None

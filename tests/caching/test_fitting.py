@@ -101,6 +101,20 @@ def test_a_cache_that_fails_in_a_run_is_named() -> None:
     assert not isinstance(other.value, CmloraError)  # that was not the cache's fault
 
 
+def test_too_little_memory_is_no_fault_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("diffusers.hooks.taylorseer_cache.TaylorSeerState.update", full)
+    sd3 = families.family("sd3")
+    with (
+        pytest.raises(RuntimeError, match="can't allocate") as failure,
+        compose(sd3.pipe, NAMES, method="composite", cache="taylorseer:3"),
+    ):
+        sd3.run()
+    assert not isinstance(failure.value, CmloraError)
+
+
 @pytest.mark.parametrize(
     ("name", "cache", "least"),
     [

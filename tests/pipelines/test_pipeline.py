@@ -1,5 +1,6 @@
 """CMLoRAPipeline: the wrapped pipeline's pictures, per-picture seeds, LoRAs in and out."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,19 @@ def test_what_is_set_is_set_in_the_wrapped_pipeline(loaded: CMLoRAPipeline) -> N
     loaded.mine = 3
     assert vars(loaded)["mine"] == 3
     assert not hasattr(loaded.pipe, "mine")
+
+
+def test_a_schedule_may_name_the_file(
+    pipe: CMLoRAPipeline, lora_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "hat v1.5.safetensors"
+    shutil.copy(lora_folder / "hat.safetensors", file)
+    assert pipe.load_lora_weights(file) == "hat_v1_5"
+    by_name = pipe("a cat", seed=1, schedule="<lora:hat_v1_5:0.5>", **CALL).images
+    by_file = pipe("a cat", seed=1, schedule="<lora:hat v1.5:0.5>", **CALL).images
+    np.testing.assert_array_equal(by_name, by_file)
+    with pytest.raises(CmloraError, match="no LoRA 'hat' is composed; composed: hat_v1_5"):
+        pipe("a cat", seed=1, schedule="<lora:hat:0.5>", **CALL)
 
 
 def test_some_loras_are_taken_out(loaded: CMLoRAPipeline, lora_folder: Path) -> None:

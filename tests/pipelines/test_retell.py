@@ -32,6 +32,14 @@ def left(model: Path, text: str) -> list[str]:
         ("a cat\nSteps: 2, Sampler: DDIM, Size: 32x32", ["Seed not stated: 0 is used"]),
         ("a cat\nSteps: 0, Sampler: DDIM, Seed: 1", ["Steps 0: 20 are used"]),
         (f"a (cat:1.2)\n{LINE}", ["'(cat:1.2)' in the prompt is read as plain words"]),
+        (
+            f"a (cat:1.2) AND [dog] AND (a) (b) (c) (d)\n{LINE}",
+            [
+                f"{mark!r} in the prompt is read as plain words"
+                for mark in ("(cat:1.2)", "AND", "[dog]", "(a)", "(b)")
+            ]
+            + ["so are 2 more in the prompt"],
+        ),
         (f"a cat \\(cute\\)\n{LINE}", []),
         (
             f"a cat\nNegative prompt: [dog]\n{LINE}",

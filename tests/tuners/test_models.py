@@ -212,8 +212,18 @@ def test_a_file_that_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None
     loha = bench.Holder(bench.base("linear"))
     bench.inject(loha, settings, "a")
     store.save(loha, "a", path)
-    with pytest.raises(CmloraError, match="no name"):
+    with pytest.raises(CmloraError, match="not read"):
         store.load(bench.Holder(bench.base("linear")), path, "a")
+    settings = TUNERS["loha"].object.settings(target_modules=["layer"], alpha_pattern={"la.*": 2})
+    loha = bench.Holder(bench.base("linear"))
+    bench.inject(loha, settings, "a")
+    store.save(loha, "a", path)
+    again: Any = bench.Holder(bench.base("linear"))
+    store.load(again, path, "a")
+    assert again.layer.scaling == loha.layer.scaling
+    assert again.layer.scaling["a"] == 2 / settings.r
+    store.save(again, "a", path)
+    store.load(bench.Holder(bench.base("linear")), path, "a")
     xs = bench.adapt("lora_sb", "linear")
     store.save(xs, "a", path)
     wrong = bench.Holder(bench.base("bare"))
