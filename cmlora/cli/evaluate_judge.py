@@ -65,7 +65,7 @@ def score(
         emit({"run": str(run), "scored": done})
     else:
         for name, made in done.items():
-            err.print(f"{name}: {made} pictures scored, {count - made} were")
+            err.print(f"{name}: {made} pictures scored, {max(count - made, 0)} were")
 
 
 def judge(
