@@ -6,10 +6,9 @@ README.md in this folder has the commands that make the run. Then
 
 writes composition.md, composition.csv, composition.png and the plots; nothing is typed by hand.
 With `--name` and `--title` another run, or a part of one, gets files of its own: `--methods`,
-`--n`, `--seeds`, and `--common` for the sets that every method has drawn. `--times RUN` takes the
-seconds from a smaller run that had the machine for itself, `--untimed` leaves them out.
-`--merged FILE` adds what merged files reach, from the merged.json that merged.py writes; without a
-run, to the page that is there.
+`--n`, `--seeds`, and `--common` for the sets that every method has drawn. `--merged FILE` adds what
+merged files reach, from the merged.json that merged.py writes; without a run, to the page that is
+there.
 """
 
 import argparse
@@ -46,7 +45,6 @@ from cmlora.eval.report.tables import (
 from cmlora.eval.study import Study
 from cmlora.eval.variants import canonical
 
-SECONDS = "seconds"
 HERE = Path(__file__).parent
 TABLES = ("instances", "classes", "fidelity", "clip_score", "gmacs", "seconds")
 PLOTTED = "instances"
@@ -81,31 +79,6 @@ def verdict(summary: Summary, focus: str, metric: str = PLOTTED) -> str:
             "it is behind some method by more than chance for N = " + ", ".join(map(str, losing))
         )
     return "; ".join(parts) + "."
-
-
-def seconds_of(timed: Study, study: Study, summary: Summary) -> dict[str, Any]:
-    """The seconds of another run, by label, N and place.
-
-    Args:
-        timed: the run to take them from.
-        study: the run that the page is about.
-        summary: its numbers.
-
-    Raises:
-        CmloraError: if that run is of another testbed, or lacks a method or number of LoRAs.
-    """
-    if timed.manifest != study.manifest:
-        raise CmloraError(
-            f"{timed.folder} is of testbed {timed.manifest.name!r}, {study.folder} of "
-            f"{study.manifest.name!r} or with other settings: their seconds do not compare"
-        )
-    chosen = Selection(labels=summary.labels, sizes=summary.sizes)
-    found = summarise(timed, chosen).values[SECONDS]
-    for label in summary.labels:
-        missing = set(summary.sizes) - set(found.get(label, {}))
-        if missing:
-            raise CmloraError(f"{timed.folder} has no picture of {label!r} with N = {min(missing)}")
-    return found
 
 
 def merged_rows(path: Path) -> list[dict[str, Any]]:
@@ -193,7 +166,7 @@ def document(
     Args:
         study: the run.
         summary: its numbers.
-        named: the title, the name of the files, and where times come from, if they are shown.
+        named: the title, the name of the files, and whether times are left out.
         baseline: method that tables compare with.
         focus: method that the text is about.
         plots: names of their files.
@@ -219,10 +192,6 @@ def document(
     ]
     if not timed:
         parts.insert(2, "No times: the machine had other work.")
-    elif named.times is not None:
-        timed_pictures = summary.values[SECONDS].values()
-        count = sum(len(places) for by_n in timed_pictures for places in by_n.values())
-        parts.insert(2, f"Seconds are those of {count} pictures drawn with nothing beside them.")
     shown = [name for name in TABLES if timed or name != "seconds"]
     known = [metric_of(name) for name in shown if name in summary.values]
     quality = [metric for metric in known if metric.name not in ("gmacs", "seconds")]
@@ -248,7 +217,6 @@ def main() -> None:
     parser.add_argument(
         "--untimed", action="store_true", help="leave times out, if the machine had other work"
     )
-    parser.add_argument("--times", type=Path, help="run to take the seconds from")
     parser.add_argument(
         "--methods", default="", help="which, comma-separated (default: all that were run)"
     )
@@ -279,8 +247,6 @@ def main() -> None:
     study = Study(options.run)
     try:
         summary = summarise(study, _selection(options))
-        if options.times is not None:
-            summary.values[SECONDS] = seconds_of(Study(options.times), study, summary)
     except CmloraError as error:
         parser.error(str(error))
     if PLOTTED not in summary.values:

@@ -171,8 +171,17 @@ def open_file(path: PathLike, pipe: Any = None, *, layers_per_block: int = 2) ->
     found = family.of_lora(lora, layout.table, widths)
     remainder = Remainder(tuple(changes), tuple(firsts), found)
     return Source(
-        *(path, header, layout, lora, whole, frozenset(known), remainder, digest, alphas, dtypes),
-        configured,
+        path=path,
+        header=header,
+        layout=layout,
+        lora=lora,
+        whole=whole,
+        known=frozenset(known),
+        remainder=remainder,
+        sha256=digest,
+        alphas=alphas,
+        dtypes=dtypes,
+        config=configured,
     )
 
 

@@ -1,6 +1,5 @@
-"""The page about composition methods is written from a run, with the run's numbers or another's."""
+"""The page about composition methods is written from a run."""
 
-import json
 import re
 import runpy
 import sys
@@ -46,33 +45,3 @@ def test_the_benchmark_can_leave_times_out(
     assert "No times: the machine had other work." in text
     assert "seconds" not in text + (tmp_path / "composition.csv").read_text()
     assert not (tmp_path / "composition_time.svg").exists()
-
-
-def test_the_benchmark_takes_times_from_another_run(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    script = Path(__file__).parent.parent.parent / "benchmarks" / "composition.py"
-    words = [str(script), str(study.folder), "--out", str(tmp_path / "out"), "--times"]
-
-    def write(times: Study) -> None:
-        monkeypatch.setattr(sys, "argv", [*words, str(times.folder)])
-        runpy.run_path(str(script), run_name="__main__")
-
-    quick = make_study(tmp_path / "quick", sets=2, seeds=(0,))
-    file = quick.folder / "records" / "part-00000.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps({**row, "seconds": 77.0}) + "\n" for row in rows))
-    write(quick)
-    text = (tmp_path / "out" / "composition.md").read_text()
-    assert f"Seconds are those of {len(rows)} pictures drawn with nothing beside them." in text
-    assert text.count(" 77.00 |") == 5
-    assert "seconds,merge,mean,77,77,77," in (tmp_path / "out" / "composition.csv").read_text()
-
-    kept = [row for row in rows if not (row["method"] == "naive" and len(row["ids"]) == 3)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    with pytest.raises(SystemExit):
-        write(quick)
-    assert "has no picture of 'naive' with N = 3" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        write(make_study(tmp_path / "other", testbed="emoji-unbiased"))
-    assert "their seconds do not compare" in capsys.readouterr().err
